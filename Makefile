@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TINY := tests/tiny
+DEMO := demo
+SOURCES := *.py tests
+
+.PHONY: install demo test quality style fix-copies clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt tests/requirements.txt tests/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.txt -r tests/requirements.txt -c tests/constraints.txt
+	touch $@
+
+demo: install  ## labels, training and verdict on the tiny model of tests/tiny
+	rm -rf $(DEMO)
+	$(BIN)/python relabel_pickapic.py --dataset_name $(TINY)/pairs --split train \
+		--reward_model $(TINY)/pickscore --output_path $(DEMO)/labels.parquet
+	$(BIN)/accelerate launch --num_processes 1 --mixed_precision no train_smpo_sd15.py \
+		--pretrained_model_name_or_path $(TINY)/sd15 --dataset_name $(TINY)/pairs \
+		--labels_path $(DEMO)/labels.parquet --output_dir $(DEMO)/smpo --resolution 64 --no_hflip \
+		--train_batch_size 16 --max_train_steps 100 --learning_rate 3e-6 --lr_warmup_steps 5 --checkpointing_steps 100
+	$(BIN)/python evaluate_smpo.py --pretrained_model_name_or_path $(TINY)/sd15 --models smpo=$(DEMO)/smpo \
+		--dataset_name $(TINY)/pairs --split test --reward_model $(TINY)/pickscore --resolution 64 \
+		--num_images_per_prompt 4 --num_inference_steps 25 --guidance_scale 1 --batch_size 64 \
+		--output_dir $(DEMO)/evaluation
+
+test: install
+	$(BIN)/python -m pytest
+
+quality: install
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/codespell README.md Makefile $(SOURCES)
+
+style: install
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+fix-copies: install  ## copy what the scripts share from the first that has it into the others
+	$(BIN)/python tests/test_siblings.py
+
+clean:
+	rm -rf $(DEMO)

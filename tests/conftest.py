@@ -1,0 +1,106 @@
+"""Fixtures: the tiny models and data, and ways to run the scripts in this process and to read what they logged."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # everything that the tests need lies in tests/tiny
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "tiny"
+
+import relabel_pickapic  # noqa: E402
+import train_smpo_sd15  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="session")
+def labels_path(tmp_path_factory):
+    """Labels of the tiny training pairs, by the real script."""
+    path = tmp_path_factory.mktemp("labels") / "labels.parquet"
+    relabel(output_path=path)
+    return path
+
+
+def command_line(**flags):
+    """`flag=value` as a list of arguments; True stands for a bare flag, a list for several values, None for no flag."""
+    args = []
+    for flag, value in flags.items():
+        if value is None:
+            continue
+        args.append(f"--{flag}")
+        if value is not True:
+            args.extend(str(item) for item in (value if isinstance(value, list) else [value]))
+    return args
+
+
+def relabel(**flags):
+    """Runs relabel_pickapic.py on the tiny pairs."""
+    defaults = {"dataset_name": TINY / "pairs", "reward_model": TINY / "pickscore"}
+    relabel_pickapic.main(relabel_pickapic.parse_args(command_line(**{**defaults, **flags})))
+
+
+def train_flags(output_dir, **flags):
+    """Command line of a short training run on the tiny model."""
+    return command_line(
+        **{
+            "pretrained_model_name_or_path": TINY / "sd15",
+            "dataset_name": TINY / "pairs",
+            "output_dir": output_dir,
+            "resolution": 64,
+            "train_batch_size": 2,
+            "max_train_steps": 2,
+            "num_inversion_steps": None if flags.get("noising") == "forward" else 3,
+            "learning_rate": 1e-4,
+            "no_hflip": True,
+            "seed": 1,
+            **flags,
+        }
+    )
+
+
+def train(output_dir, **flags):
+    """Runs train_smpo_sd15.py and returns what it logged: `{metric: [value of each step]}`."""
+    train_smpo_sd15.main(train_smpo_sd15.parse_args(train_flags(output_dir, **flags)))
+    return read_logs(output_dir)
+
+
+def read_logs(output_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs = {}
+    for folder in sorted(Path(output_dir).rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(folder)).Reload()
+        for name in events.Tags()["scalars"]:
+            logs.setdefault(name, []).extend(event.value for event in events.Scalars(name))
+    return logs
+
+
+def unet_weights(folder):
+    """Weights of the UNet in a folder, as a dict of tensors."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).state_dict()
+
+
+def run_script(*args, cwd, launcher=()):
+    """Runs a script in a process of its own, as a user does, and returns its output."""
+    import subprocess
+
+    command = [sys.executable, *launcher, *(str(arg) for arg in args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr

@@ -1,0 +1,52 @@
+"""Each script alone in an empty folder: its help, and the whole road as a user walks it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, command_line, read_logs, run_script, train, train_flags
+from test_siblings import SCRIPTS
+
+
+# Two processes on the CPU, whatever this machine has; `accelerate launch --cpu` starts a single one.
+LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script, tmp_path):
+    shutil.copy(ROOT / script, tmp_path)
+    assert "--dataset_name" in run_script("-I", script, "--help", cwd=tmp_path)
+
+
+def test_relabel_train_evaluate(tmp_path, monkeypatch):
+    folders = {}
+    for script in SCRIPTS:
+        folders[script] = tmp_path / script.removesuffix(".py")
+        folders[script].mkdir()
+        shutil.copy(ROOT / script, folders[script])
+    labels = tmp_path / "labels.parquet"
+    flags = {"dataset_name": TINY / "pairs", "reward_model": TINY / "pickscore", "output_path": labels}
+    run_script("relabel_pickapic.py", *command_line(**flags), cwd=folders["relabel_pickapic.py"])
+
+    flags = {"labels_path": labels, "rank": 4, "checkpointing_steps": 1}
+    launched = train_flags(tmp_path / "tuned", train_batch_size=1, **flags)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run_script("train_smpo_sd15.py", *launched, cwd=folders["train_smpo_sd15.py"], launcher=LAUNCH)
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {
+        "README.md", "checkpoint-1", "checkpoint-2", "logs", "pytorch_lora_weights.safetensors", "training_args.json"
+    }  # fmt: skip
+    # Two processes with a pair each take the steps that one process takes with two.
+    two, one = read_logs(tmp_path / "tuned"), train(tmp_path / "one", train_batch_size=2, **flags)
+    for metric in ("loss", "grad_norm", "std_tau", "model_error_preferred", "weight_share/strong", "lr", "epoch"):
+        np.testing.assert_allclose(two[metric], one[metric], rtol=2e-3, err_msg=metric)
+
+    flags = {
+        "pretrained_model_name_or_path": TINY / "sd15", "models": f"tuned={tmp_path / 'tuned'}",
+        "dataset_name": TINY / "pairs", "split": "test", "reward_model": TINY / "pickscore", "max_prompts": 4,
+        "num_inference_steps": 2, "resolution": 64, "output_dir": tmp_path / "evaluation",
+    }  # fmt: skip
+    printed = run_script("evaluate_smpo.py", *command_line(**flags), cwd=folders["evaluate_smpo.py"])
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())["results"]
+    assert [row["model"] for row in results] == ["base", "tuned"]
+    assert "| tuned |" in printed
