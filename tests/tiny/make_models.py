@@ -294,6 +294,10 @@ def main():
         if name in args.only:
             torch.manual_seed(SEEDS[name])
             make(torch.Generator().manual_seed(SEEDS[name]))
+    for path in args.output_dir.rglob("*.json"):  # diffusers notes the folder that a model was loaded from
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None):
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":
