@@ -343,7 +343,8 @@ def load_pipeline(path, args):
             )
     with loading("models", path):
         if kind == "lora":
-            pipeline.load_lora_weights(path)
+            folder, name = (path, LORA_FILE) if Path(path).is_dir() else (Path(path).parent, Path(path).name)
+            pipeline.load_lora_weights(folder, weight_name=name)  # older diffusers do not look for it offline
         elif kind == "unet":
             subfolder = None if (Path(path) / "config.json").is_file() else "unet"
             pipeline.unet = UNet2DConditionModel.from_pretrained(path, subfolder=subfolder, **options)

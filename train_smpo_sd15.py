@@ -123,6 +123,7 @@ logger = get_logger(__name__)
 
 NUM_INVERSION_STEPS = 9  # the paper's choice; 19 was a little better there at twice the cost
 RENOISE_AT = "last_move"  # "few-step DDIM inversion, then one correction at x_t"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 LORA_LAYERS = "to_k,to_q,to_v,to_out.0"
 INTERPOLATION_MODES = ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 LABEL_KEYS = ["image_0_uid", "image_1_uid", "ranking_id"]  # the columns of a labels file that name a pair
@@ -1138,7 +1139,7 @@ def load_lora(unet, folder):
     Raises:
         ValueError: the file's LoRA does not fit the adapter (another rank or other layers).
     """
-    state_dict, _ = StableDiffusionPipeline.lora_state_dict(folder)
+    state_dict, _ = StableDiffusionPipeline.lora_state_dict(folder, weight_name=LORA_FILE)
     state_dict = {key.removeprefix("unet."): value for key, value in state_dict.items() if key.startswith("unet.")}
     state_dict = convert_unet_state_dict_to_peft(state_dict)
     own = get_peft_model_state_dict(unet)

@@ -93,7 +93,7 @@ def test_lora(tmp_path, labels_path):
     pipeline = StableDiffusionPipeline.from_pretrained(TINY / "sd15", torch_dtype=torch.float32)
     layer = pipeline.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k
     base = layer.weight.clone()
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     pipeline.fuse_lora()
     update = 8 / 4 * weights[f"{stem}.lora.up.weight"] @ weights[f"{stem}.lora.down.weight"]
     fused = pipeline.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight

@@ -25,12 +25,13 @@ the last two, which need only the tokenizer.
 import argparse
 import json
 import math
+import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from judge import Judge
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -276,6 +277,21 @@ def make_judge(path, generator, steps=800, batch=48):
     save_file({key: value.half() for key, value in judge.state_dict().items()}, path)
 
 
+def tidy(pipeline_folder, reward_folder):
+    """Lays the files out as those of the real models on the Hub, which old and new libraries read."""
+    path = pipeline_folder / "text_encoder" / "model.safetensors"
+    weights = {"text_model." + key.removeprefix("text_model."): value for key, value in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    CLIPImageProcessor.from_pretrained(reward_folder).save_pretrained(reward_folder)  # preprocessor_config.json
+    (reward_folder / "processor_config.json").unlink()  # transformers 4 stumbles over it
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(pipeline_folder / "tokenizer" / name, reward_folder)
+    for path in [*pipeline_folder.rglob("*.json"), *reward_folder.rglob("*.json")]:
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None):  # the folder that a model was loaded from
+            path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
@@ -294,10 +310,7 @@ def main():
         if name in args.only:
             torch.manual_seed(SEEDS[name])
             make(torch.Generator().manual_seed(SEEDS[name]))
-    for path in args.output_dir.rglob("*.json"):  # diffusers notes the folder that a model was loaded from
-        config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None):
-            path.write_text(json.dumps(config, indent=2) + "\n")
+    tidy(pipeline_folder, args.output_dir / "pickscore")
 
 
 if __name__ == "__main__":
