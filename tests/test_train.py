@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import TINY, command_line, train, train_flags, unet_weights
 from PIL import Image
 from safetensors.torch import load_file
@@ -422,3 +423,40 @@ def test_encoded_pictures_are_read_back(tmp_path):
     pixels = to_pixels(Image.open(io.BytesIO(buffer.getvalue())), 64, (0.5, 0.5), False, "bilinear")
     back = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(back, np.array(noise))
+
+
+def test_both_images_of_a_pair_are_cut_and_mirrored_alike(tmp_path):
+    """With the same picture on both sides the two tensors are equal, in every epoch; half of the pairs are mirrored."""
+    table = pq.read_table(TINY / "pairs" / "test.parquet")
+    pictures = []
+    for i, jpg in enumerate(table["jpg_0"].to_pylist()):
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(jpg)).resize((64 + 8 * (i % 3), 64)).save(buffer, "PNG")
+        pictures.append(buffer.getvalue())
+    for column in ("jpg_0", "jpg_1"):
+        table = table.set_column(table.schema.get_field_index(column), column, pa.array(pictures))
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    PartialState()  # the logger asks it which process this is
+
+    def load(**flags):
+        args = parse_args(
+            train_flags(tmp_path / "out", dataset_name=tmp_path / "pairs.parquet", label_column="label_0", **flags)
+        )
+        pairs = load_data(args.dataset_name, None, "train", None)
+        rows, labels = select_pairs(pairs, args)
+        dataset = PairDataset(pairs, rows, labels, 1000, args)
+        return [dataset[epoch, i] for epoch in range(3) for i in range(len(dataset))]
+
+    mirrored = 0
+    flipped, straight = load(random_crop=True, no_hflip=None), load(random_crop=True)
+    for one, other in zip(flipped, straight):
+        assert torch.equal(one["pixel_values_0"], one["pixel_values_1"])
+        assert one["timestep"] == other["timestep"] and one["seeds"] == other["seeds"]
+        mirrored += not torch.equal(one["pixel_values_0"], other["pixel_values_0"])
+    assert 0.35 < mirrored / len(flipped) < 0.65
+    pairs = len(straight) // 3
+    moved = [
+        not torch.equal(a["pixel_values_0"], b["pixel_values_0"]) for a, b in zip(straight[:pairs], straight[pairs:])
+    ]
+    assert 0.4 < sum(moved) / pairs < 0.8  # a third of the pictures are square and have only one cut
+    assert len({example["timestep"] for example in straight}) > 0.8 * len(straight)
