@@ -931,16 +931,22 @@ def load_reference(args, device, weight_dtype):
 
 
 def add_lora(unet, args):
-    """Freezes the UNet and gives it a LoRA in fp32 that changes nothing yet."""
+    """Freezes the UNet and gives it a LoRA in fp32 that changes nothing yet.
+
+    Raises:
+        ValueError: the UNet has no such layers.
+    """
     unet.requires_grad_(False)
-    unet.add_adapter(
-        LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules=args.lora_layers.split(","),
-        )
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=args.lora_layers.split(","),
     )
+    try:
+        unet.add_adapter(config)
+    except ValueError as error:
+        raise ValueError(f"--lora_layers {args.lora_layers}: {error}") from error
     cast_training_params(unet, dtype=torch.float32)
 
 
@@ -1334,6 +1340,8 @@ def main(args):
             project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
         ),
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU.")
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     if not accelerator.is_local_main_process:
         datasets.utils.logging.set_verbosity_error()

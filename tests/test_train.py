@@ -162,6 +162,14 @@ def test_schedules_step_once_an_optimiser_step(scheduler, tmp_path):
     np.testing.assert_allclose(logs["lr"], [1e-4 * factor for factor in expected], rtol=2e-3)
 
 
+def test_epochs_count_the_steps(tmp_path):
+    logs = train(
+        tmp_path, noising="forward", label_column="label_0", rank=2, max_train_steps=None, num_train_epochs=2,
+        max_train_samples=5,
+    )  # fmt: skip
+    assert logs["epoch"] == [0.5, 1.0, 1.5, 2.0]
+
+
 # The same run, cut up in other ways
 
 
@@ -328,6 +336,18 @@ def test_damaged_pairs_and_ties_are_left_out(tmp_path, caplog):
             {},
             {"label_column": "label_0", "pretrained_unet_name_or_path": "/no/such"},
             "--pretrained_unet_name_or_path /no/such cannot be loaded",
+        ),
+        ({}, {"label_column": "label_0", "rank": 2, "lora_layers": "to_x"}, "--lora_layers to_x: .*not found"),
+        (
+            {},
+            {"label_column": "label_0", "num_inversion_steps": 2000},
+            "num_inversion_steps must be in 1..1000, got 2000",
+        ),
+        pytest.param(
+            {},
+            {"label_column": "label_0", "mixed_precision": "fp16"},
+            "--mixed_precision fp16 needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
         ({"jpg_0": [b"x"] * 8}, {"label_column": "label_0"}, "None of the . pairs .* can be read"),
     ],
