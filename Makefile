@@ -5,6 +5,7 @@ TINY := tests/tiny
 DEMO := demo
 TRAIN_SEED ?= 0
 IMAGE_SEED ?= 0
+TRAIN_FLAGS ?=
 SOURCES := *.py tests
 
 .PHONY: install demo test quality style fix-copies clean
@@ -24,7 +25,7 @@ demo: install  ## labels, training and verdict on the tiny model of tests/tiny
 		--pretrained_model_name_or_path $(TINY)/sd15 --dataset_name $(TINY)/pairs \
 		--labels_path $(DEMO)/labels.parquet --output_dir $(DEMO)/smpo --resolution 64 --no_hflip \
 		--train_batch_size 16 --max_train_steps 100 --learning_rate 3e-6 --lr_warmup_steps 5 --checkpointing_steps 100 \
-		--seed $(TRAIN_SEED)
+		--seed $(TRAIN_SEED) $(TRAIN_FLAGS)
 	$(BIN)/python evaluate_smpo.py --pretrained_model_name_or_path $(TINY)/sd15 --models smpo=$(DEMO)/smpo \
 		--dataset_name $(TINY)/pairs --split test --reward_model $(TINY)/pickscore --resolution 64 \
 		--num_images_per_prompt 4 --num_inference_steps 25 --guidance_scale 1 --batch_size 64 \

@@ -582,12 +582,12 @@ def validate_args(args):
 
 
 @contextmanager
-def loading(flag, value):
-    """Turns a library's complaint about what a flag names into a `ValueError` that names the flag."""
+def loading(flag, value, accepted="a Hub name or a folder"):
+    """Turns a library's complaint about what a flag names into a `ValueError` with the flag and what it accepts."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ValueError(f"--{flag} {value} cannot be loaded: {error}") from error
+        raise ValueError(f"--{flag} {value} cannot be loaded: {error}\nAccepted: {accepted}.") from error
 
 
 def load_data(name, config_name, split, cache_dir):
@@ -603,7 +603,8 @@ def load_data(name, config_name, split, cache_dir):
         ValueError: there is no such data set, or it has no such split.
     """
     folder = Path(name)
-    with loading("dataset_name", f"{name} --dataset_split_name {split}"):
+    accepted = "a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder"
+    with loading("dataset_name", f"{name} --dataset_split_name {split}", accepted):
         if (folder / "dataset_dict.json").is_file():
             splits = load_from_disk(name)
             if split not in splits:

@@ -102,7 +102,10 @@ def test_other_column_names_and_a_folder_of_images(labels_path, tmp_path):
         ({"output_path": "labels.csv"}, "must end in .parquet"),
         ({"caption_column": "prompt"}, "--caption_column prompt.*It has .*caption"),
         ({"image_0_uid_column": "uid"}, "--image_0_uid_column uid"),
-        ({"dataset_name": "no/such/set"}, "--dataset_name no/such/set .* cannot be loaded"),
+        (
+            {"dataset_name": "no/such/set"},
+            r"(?s)--dataset_name no/such/set .* cannot be loaded.*Accepted: a Hub name, a folder, a Parquet",
+        ),
         ({"dataset_split_name": "validation"}, "--dataset_split_name validation cannot be loaded"),
         ({"image_0_column": "caption", "image_1_column": "caption"}, "0 of the .* images .* were scored"),
     ],

@@ -115,6 +115,17 @@ def test_scripts_import_nothing_of_each_other(script):
             assert not modules & set(names) and getattr(node, "level", 0) == 0
 
 
+def test_fix_copies_mends_what_has_drifted(tmp_path, monkeypatch):
+    for script in SCRIPTS:
+        (tmp_path / script).write_text((ROOT / script).read_text().replace("first frame", "last frame"))
+    (tmp_path / SCRIPTS[0]).write_text((ROOT / SCRIPTS[0]).read_text())
+    originals = [(ROOT / script).read_text() for script in SCRIPTS]
+    assert (tmp_path / SCRIPTS[1]).read_text() != originals[1]
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    fix_copies()
+    assert [(tmp_path / script).read_text() for script in SCRIPTS] == originals
+
+
 def fix_copies():
     for i, target in enumerate(SCRIPTS):
         for source in SCRIPTS[:i]:

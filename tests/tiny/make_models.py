@@ -214,6 +214,15 @@ def widen_posterior(folder, generator, decoder_steps=700, unet_steps=1200, batch
     optimise(parameters, unet_steps, 5e-4, unet_loss, "unet, noise floor")
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
 
+    # The names of SD1.5's own file, which transformers 4 needs; and without the folder that a model was loaded from.
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = {"text_model." + key.removeprefix("text_model."): value for key, value in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None):
+            path.write_text(json.dumps(config, indent=2) + "\n")
+
 
 def make_unet_loss(unet, text_encoder, tokenizer, latents, scenes, batch, generator):
     """Denoising loss of a batch of a bank of latents, with captions that are wrong now and then, as those of the web."""
@@ -262,7 +271,11 @@ def make_pickscore(folder, tokenizer_folder, generator, steps=1600, batch=48):
 
     optimise(list(clip.parameters()), steps, 1e-3, loss_of_step, "pickscore")
     clip.half().save_pretrained(folder)
-    processor.save_pretrained(folder)
+    # The files that PickScore has on the Hub; transformers 4 stumbles over processor_config.json.
+    processor.image_processor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tokenizer_folder / name, folder)
 
 
 def make_judge(path, generator, steps=800, batch=48):
@@ -275,21 +288,6 @@ def make_judge(path, generator, steps=800, batch=48):
 
     optimise(list(judge.parameters()), steps, 3e-3, loss_of_step, "judge")
     save_file({key: value.half() for key, value in judge.state_dict().items()}, path)
-
-
-def tidy(pipeline_folder, reward_folder):
-    """Lays the files out as those of the real models on the Hub, which old and new libraries read."""
-    path = pipeline_folder / "text_encoder" / "model.safetensors"
-    weights = {"text_model." + key.removeprefix("text_model."): value for key, value in load_file(path).items()}
-    save_file(weights, path, metadata={"format": "pt"})
-    CLIPImageProcessor.from_pretrained(reward_folder).save_pretrained(reward_folder)  # preprocessor_config.json
-    (reward_folder / "processor_config.json").unlink()  # transformers 4 stumbles over it
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(pipeline_folder / "tokenizer" / name, reward_folder)
-    for path in [*pipeline_folder.rglob("*.json"), *reward_folder.rglob("*.json")]:
-        config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None):  # the folder that a model was loaded from
-            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main():
@@ -310,7 +308,6 @@ def main():
         if name in args.only:
             torch.manual_seed(SEEDS[name])
             make(torch.Generator().manual_seed(SEEDS[name]))
-    tidy(pipeline_folder, args.output_dir / "pickscore")
 
 
 if __name__ == "__main__":
