@@ -770,7 +770,8 @@ def decode_image(data):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged bytes, with no common base
-        raise ValueError(f"not a readable image ({type(error).__name__}: {error})") from error
+        text = re.sub(" <_io.BytesIO.*>", "", str(error))  # the same for the same bytes
+        raise ValueError(f"not a readable image ({type(error).__name__}: {text})") from error
 
 
 def join_labels(pairs, labels_path, label_column, key_columns):

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -112,6 +113,26 @@ def write_pairs(path, **columns):
         table = table.append_column(name, column) if i < 0 else table.set_column(i, name, column)
     pq.write_table(table, path)
     return path
+
+
+def split_pairs(folder, rows):
+    """The tiny training pairs as Parquet files of so many rows each, in row groups of 16."""
+    folder.mkdir()
+    table = pq.read_table(TINY / "pairs" / "train.parquet")
+    for i, start in enumerate(range(0, len(table), rows)):
+        pq.write_table(table.slice(start, rows), folder / f"train-{i:05d}.parquet", row_group_size=16)
+    return folder
+
+
+def assert_same_labels(path, other_path, atol=0.0):
+    """Two labels files hold the same but for their metadata, and their numbers within a tolerance."""
+    labels, others = pq.read_table(path), pq.read_table(other_path)
+    assert labels.column_names == others.column_names
+    for name in labels.column_names:
+        if pa.types.is_floating(labels[name].type):
+            np.testing.assert_allclose(labels[name].to_numpy(), others[name].to_numpy(), rtol=0, atol=atol)
+        else:
+            assert labels[name].to_pylist() == others[name].to_pylist()
 
 
 def read_logs(output_dir):

@@ -1,4 +1,4 @@
-"""Imports a training script once and runs it in a forked process for every command line on standard input.
+"""Imports a script once and runs it in a forked process for every command line on standard input.
 
     python tests/fork_server.py train_smpo_sd15 DESCRIPTOR
 
@@ -10,8 +10,15 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 import traceback
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
 
 
 def main():
@@ -35,6 +42,57 @@ def main():
             os._exit(code)
         print(process, file=answers, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers, flush=True)
+
+
+class ForkServer:
+    """Runs of a script in processes of their own, one at a time."""
+
+    def __init__(self, script, log):
+        self.run_id = None
+        answers, write_end = os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, script, str(write_end)],
+            stdin=subprocess.PIPE, stdout=open(log, "w"), stderr=subprocess.STDOUT, pass_fds=[write_end], text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
+        )  # fmt: skip
+        os.close(write_end)
+        self.answers = open(answers)
+
+    def start(self, args):
+        self.end()
+        self.process.stdin.write(json.dumps(args) + "\n")
+        self.process.stdin.flush()
+        self.run_id = int(self.answers.readline())
+        return self.run_id
+
+    def wait(self):
+        self.run_id = None
+        return int(self.answers.readline())
+
+    def end(self):
+        """Ends a run that a failed test has left behind."""
+        if self.run_id is not None:
+            os.killpg(self.run_id, signal.SIGKILL)
+            self.wait()
+
+    def run(self, args):
+        self.start(args)
+        return self.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.end()
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """No run is lost: killed, stopped, broken and mistaken runs of train_smpo_sd15.py, with real processes and signals."""
 
 import io
-import json
 import os
 import random
 import re
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, TINY, names_in, run_script, train, train_flags, write_pairs
+from fork_server import ForkServer, wait_for
 from PIL import Image
 from safetensors.torch import load_file
 from test_standalone import LAUNCH
@@ -32,56 +32,10 @@ NUM_KILLS = 20
 FAST = {"label_column": "label_0", "noising": "forward", "rank": 2, "train_batch_size": 1, "report_to": "none"}
 
 
-class ForkServer:
-    """Runs of train_smpo_sd15.py in processes of their own, see fork_server.py."""
-
-    def __init__(self, log):
-        self.run_id = None
-        answers, write_end = os.pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "fork_server.py"), "train_smpo_sd15", str(write_end)],
-            stdin=subprocess.PIPE, stdout=open(log, "w"), stderr=subprocess.STDOUT, pass_fds=[write_end], text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
-        )  # fmt: skip
-        os.close(write_end)
-        self.answers = open(answers)
-
-    def start(self, args):
-        self.end()
-        self.process.stdin.write(json.dumps(args) + "\n")
-        self.process.stdin.flush()
-        self.run_id = int(self.answers.readline())
-        return self.run_id
-
-    def wait(self):
-        self.run_id = None
-        return int(self.answers.readline())
-
-    def end(self):
-        """Ends a run that a failed test has left behind."""
-        if self.run_id is not None:
-            os.killpg(self.run_id, signal.SIGKILL)
-            self.wait()
-
-    def run(self, args):
-        self.start(args)
-        return self.wait()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = ForkServer(tmp_path_factory.mktemp("server") / "log.txt")
-    yield server
-    server.end()
-    server.process.stdin.close()
-    server.process.wait()
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    with ForkServer("train_smpo_sd15", tmp_path_factory.mktemp("server") / "log.txt") as server:
+        yield server
 
 
 def same_weights(first, second):

@@ -44,7 +44,7 @@ DIFFERENT_NAMES = {
     "parse_args": "each script has flags of its own",
     "validate_args": "each script has flags of its own",
     "main": "each script does something else",
-    "logger": "only training runs in several processes, of which one is to speak",
+    "logger": "evaluation runs in one process, the others in several, of which one is to speak",
 }
 # (flag, property): why
 DIFFERENT_TRAINING_FLAGS = {
@@ -55,11 +55,23 @@ DIFFERENT_TRAINING_FLAGS = {
 }
 DIFFERENT_FLAGS = {
     ("seed", "help"): "seeds a training run in one and images in the other",
-    ("dataset_name", "required"): "prompts may come from a text file",
+    ("dataset_name", "required"): "prompts may come from a text file, scores from a labels file",
     ("output_dir", "help"): "the scripts write different things",
     ("batch_size", "help"): "images to score in one, images to draw in the other",
     ("batch_size", "default"): "drawing an image takes more memory than scoring it",
+    ("dataloader_num_workers", "default"): "scoring waits for images, training does not",
+    ("dataloader_num_workers", "help"): "scoring waits for images, training does not",
+    ("dtype", "default"): "evaluation judges in full precision unless told otherwise",
+    ("dtype", "help"): "evaluation judges in full precision unless told otherwise",
+    ("push_to_hub", "help"): "labels in one, a model in the other",
     ("resolution", "default"): "evaluation serves both models",
+    ("reward_processor", "nargs"): "labels may come from several reward models",
+    ("reward_processor", "help"): "labels may come from several reward models",
+    ("reward_model_revision", "nargs"): "labels may come from several reward models",
+    ("reward_model_revision", "help"): "labels may come from several reward models",
+    ("reward_model", "nargs"): "labels may come from several reward models",
+    ("reward_model", "help"): "labels may come from several reward models",
+    ("reward_model", "default"): "labels may come from several reward models",
 }
 
 

@@ -1,0 +1,288 @@
+"""No score is lost: killed, broken and divided runs of relabel_pickapic.py, and data that lie on a Hub."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import datasets
+import hub_server
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_same_labels, command_line, names_in, relabel, run_script, split_pairs
+from fork_server import ForkServer, wait_for
+from test_standalone import LAUNCH
+
+
+NUM_KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """30 files of 20 pairs; the captions of a few uids' images lead to a second look, as other bytes have their uid."""
+    folder = split_pairs(tmp_path_factory.mktemp("shards") / "pairs", 20)
+    path = folder / "train-00029.parquet"
+    table = pq.read_table(path)
+    first = pq.read_table(folder / "train-00000.parquet").slice(0, 3)
+    stolen = pa.concat_tables([first, table.slice(3)]).set_column(
+        table.column_names.index("jpg_1"), "jpg_1", table["jpg_1"]
+    )
+    pq.write_table(stolen, path, row_group_size=16)
+    return folder / "*.parquet"
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    """Labels of an uninterrupted run."""
+    path = tmp_path_factory.mktemp("whole") / "labels.parquet"
+    relabel(dataset_name=shards, output_path=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with ForkServer("relabel_pickapic", tmp_path_factory.mktemp("server") / "log.txt") as server:
+        yield server
+
+
+def flags_of(path, **flags):
+    return command_line(**{"reward_model": TINY / "pickscore", "output_path": path, **flags})
+
+
+def pieces_in(folder):
+    """`{piece: its file and time}`; a piece that was scored again would be another file."""
+    found = [*folder.glob("piece-*"), *folder.glob("again-*")]
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+def test_killed_again_and_again(server, shards, whole, tmp_path):
+    """SIGKILL at random moments, from the start to the writing of the labels: the same file, and no piece scored twice."""
+    rng, killed, finished, path = random.Random(0), 0, 0, tmp_path / "labels.parquet"
+    folder, args = path.with_suffix(".scores"), flags_of(path, dataset_name=shards)
+    while killed < NUM_KILLS or not finished:
+        before = pieces_in(folder)
+        process = server.start(args)
+        wait_for(lambda: pieces_in(folder).keys() - before.keys() or len(before) > 30 or path.exists())
+        time.sleep(rng.uniform(0, 0.2))
+        after = pieces_in(folder)
+        assert not folder.exists() or path.exists() or before.items() <= after.items()
+        with suppress(ProcessLookupError):  # it has ended
+            os.killpg(process, signal.SIGKILL)
+        killed += server.wait() == -signal.SIGKILL
+        if path.exists():
+            assert path.read_bytes() == whole.read_bytes()
+            finished += 1
+            for rest in (folder, path.with_suffix(".png"), path):
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
+    assert killed >= NUM_KILLS
+
+
+def test_nothing_is_loaded_when_all_is_scored(server, shards, whole, tmp_path):
+    """What is missing after the last piece is worked out from the pieces: the model may be gone by then."""
+    shutil.copytree(TINY / "pickscore", tmp_path / "model")
+    path = tmp_path / "labels.parquet"
+    args = flags_of(path, dataset_name=shards, reward_model=tmp_path / "model")
+    path.with_suffix(".png").mkdir()  # where the picture is to be written
+    assert server.run(args) == 1
+    assert len(pieces_in(path.with_suffix(".scores"))) > 30 and not path.exists()
+    shutil.rmtree(tmp_path / "model")
+    path.with_suffix(".png").rmdir()
+    assert server.run(args) == 0
+    assert_same_labels(path, whole)
+
+
+@pytest.mark.parametrize("limit", [400, 20_000, 50_000])
+def test_a_disk_without_room(limit, shards, whole, tmp_path):
+    """Of what is written first not all fits. What was finished is kept, and used."""
+    path = tmp_path / "labels.parquet"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written: .*What was finished before is kept: make room"):
+            relabel(dataset_name=shards, output_path=path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(path.with_suffix(".scores").glob(".*.tmp"))
+    relabel(dataset_name=shards, output_path=path)
+    assert path.read_bytes() == whole.read_bytes()
+
+
+# Files that are not whole
+
+
+def test_a_file_without_its_end_is_named_before_anything_is_scored(shards, tmp_path):
+    shutil.copytree(shards.parent, tmp_path / "pairs")
+    for i in (3, 17):
+        path = tmp_path / "pairs" / f"train-{i:05d}.parquet"
+        path.write_bytes(path.read_bytes()[:-1000])
+    (tmp_path / "pairs" / "train-00020.parquet").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match="(?s)3 of 30 Parquet files .*00003.parquet: .*00017.*00020.*Fetch them again"
+    ):
+        relabel(dataset_name=tmp_path / "pairs" / "*.parquet", output_path=tmp_path / "labels.parquet")
+
+
+def test_a_file_damaged_in_the_middle_holds_up_nothing_else(shards, whole, tmp_path):
+    shutil.copytree(shards.parent, tmp_path / "pairs")
+    broken, path = tmp_path / "pairs" / "train-00007.parquet", tmp_path / "labels.parquet"
+    column = pq.ParquetFile(broken).metadata.row_group(1).column(pq.read_schema(broken).names.index("jpg_0"))
+    data = bytearray(broken.read_bytes())
+    data[column.data_page_offset : column.data_page_offset + 200] = bytes(200)
+    broken.write_bytes(data)
+    flags = {"dataset_name": tmp_path / "pairs" / "*.parquet", "output_path": path}
+    with pytest.raises(
+        ValueError, match="(?s)not be read to the end, see above:\n[^\n]*train-00007.parquet\nAll else is"
+    ):
+        relabel(**flags)
+    pieces = pieces_in(path.with_suffix(".scores"))
+    assert len(pieces) == 29
+    shutil.copy(shards.parent / broken.name, broken)
+    relabel(**flags)
+    assert_same_labels(path, whole)
+
+
+def test_another_run_in_the_folder_is_refused(server, shards, whole, tmp_path):
+    path = tmp_path / "labels.parquet"
+    process = server.start(flags_of(path, dataset_name=shards))
+    wait_for(lambda: pieces_in(path.with_suffix(".scores")))
+    os.killpg(process, signal.SIGKILL)
+    server.wait()
+    for flags, change in [
+        ({"dtype": "bfloat16"}, "dtype: float32 then, bfloat16 now"),
+        ({"dataset_name": TINY / "pairs"}, "files: "),
+        ({"human_label_column": "label_1"}, "human_label_column: label_0 then, label_1 now"),
+        ({"reward_model": f"other={TINY / 'pickscore'}"}, "reward_model: "),
+    ]:
+        with pytest.raises(ValueError, match=f"(?s)labels.scores holds the scores of another run:.*{change}"):
+            relabel(**{"dataset_name": shards, "output_path": path, **flags})
+    relabel(dataset_name=shards, output_path=path, batch_size=64, score_min=-1, score_max=1)  # these may change
+    assert_same_labels_but_for_the_range(path, whole)
+
+
+def assert_same_labels_but_for_the_range(path, whole):
+    for i in (0, 1):
+        ours, theirs = (pq.read_table(p)[f"score_{i}"].to_numpy() for p in (path, whole))
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+# Several processes
+
+
+def several_processes(monkeypatch):
+    """On the CPU, each with as many threads as this one, as their number changes the last bit of a score."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
+@pytest.mark.parametrize("num_processes, data", [(2, "shards"), (3, "one file"), (2, "save_to_disk")])
+def test_several_processes_write_the_same_file(num_processes, data, shards, whole, tmp_path, monkeypatch):
+    name = shards
+    if data == "one file":  # which is one piece: two of the processes have nothing to do
+        name = tmp_path / "all.parquet"
+        pq.write_table(pa.concat_tables([pq.read_table(path) for path in sorted(shards.parent.glob("*"))]), name)
+    if data == "save_to_disk":
+        name = tmp_path / "saved"
+        datasets.Dataset(pa.concat_tables([pq.read_table(p) for p in sorted(shards.parent.glob("*"))])).save_to_disk(
+            name
+        )
+    several_processes(monkeypatch)
+    flags = flags_of(tmp_path / "labels.parquet", dataset_name=name, with_images=tmp_path / "copy")
+    launcher = (*LAUNCH[:-1], str(num_processes))
+    run_script(ROOT / "relabel_pickapic.py", *flags, cwd=tmp_path, launcher=launcher)
+    if data == "shards":
+        assert (tmp_path / "labels.parquet").read_bytes() == whole.read_bytes()
+        assert len(names_in(tmp_path / "copy")) == 30
+    else:
+        assert_same_labels(tmp_path / "labels.parquet", whole, atol=1e-6)
+        assert len(names_in(tmp_path / "copy")) == 1
+
+
+def test_a_run_goes_on_with_another_number_of_processes(server, shards, whole, tmp_path, monkeypatch):
+    path = tmp_path / "labels.parquet"
+    args = flags_of(path, dataset_name=shards)
+    process = server.start(args)
+    wait_for(lambda: len(pieces_in(path.with_suffix(".scores"))) > 4)
+    os.killpg(process, signal.SIGKILL)
+    server.wait()
+    several_processes(monkeypatch)
+    run_script(ROOT / "relabel_pickapic.py", *args, cwd=tmp_path, launcher=LAUNCH)
+    assert path.read_bytes() == whole.read_bytes()
+
+
+# A data set on the Hub
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub with the repository ada/pairs, of three files, in each of which most bytes are images."""
+    split_pairs(tmp_path / "data", 200)
+    (tmp_path / "root" / "ada").mkdir(parents=True)
+    (tmp_path / "root" / "ada" / "pairs").mkdir()
+    (tmp_path / "data").rename(tmp_path / "root" / "ada" / "pairs" / "data")
+    with hub_server.serve(tmp_path / "root") as hub:
+        yield hub
+
+
+def run_with_hub(hub, home, *args):
+    done = subprocess.run(
+        [sys.executable, ROOT / "relabel_pickapic.py", *args],
+        env={**os.environ, **hub.environment(home)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_a_data_set_on_the_hub(streaming, hub, labels_path, tmp_path):
+    flags = {"dataset_name": "ada/pairs", "streaming": streaming}
+    code, output = run_with_hub(hub, tmp_path / "home", *flags_of(tmp_path / "labels.parquet", **flags))
+    assert code == 0, output
+    assert_same_labels(tmp_path / "labels.parquet", labels_path, atol=1e-6)
+    copies = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size > 100_000]
+    assert bool(copies) == (streaming is None)
+
+
+def test_labels_are_uploaded(hub, tmp_path):
+    """With a card from which `load_dataset` knows what to read."""
+    flags = {
+        "dataset_name": TINY / "pairs", "dataset_split_name": "test", "push_to_hub": True,
+        "with_images": tmp_path / "copy", "hub_dataset_id": "ada/labelled",
+    }  # fmt: skip
+    code, output = run_with_hub(hub, tmp_path / "home", *flags_of(tmp_path / "labels.parquet", **flags))
+    assert code == 0, output
+    repo = tmp_path / "root" / "ada" / "labelled"
+    assert names_in(repo) - {".gitattributes"} == {"README.md", "labels.parquet", "labels.png", "data"}
+    assert (repo / "labels.parquet").read_bytes() == (tmp_path / "labels.parquet").read_bytes()
+    data = datasets.load_dataset(str(repo), cache_dir=tmp_path / "cache")
+    assert (
+        list(data) == ["test"]
+        and data["test"]["soft_label_0"][:] == pq.read_table(repo / "labels.parquet")["soft_label_0"].to_pylist()
+    )
+    card = (repo / "README.md").read_text()
+    assert json.dumps({"name": "pickscore"})[1:-1] in card and "![distribution](labels.png)" in card
+
+
+def test_what_the_hub_does_not_have(hub, tmp_path):
+    for name, message in [("ada/none", "--dataset_name ada/none .*cannot be loaded"), ("ada/pairs", "no column for")]:
+        flags = {"dataset_name": name, "image_0_column": "left"}
+        code, output = run_with_hub(hub, tmp_path / "home", *flags_of(tmp_path / "labels.parquet", **flags))
+        assert code == 1 and "ValueError" in output
+        assert re.search(message, output), output
+
+
+def test_streaming_is_for_parquet(tmp_path):
+    data = datasets.Dataset(pq.read_table(TINY / "pairs" / "test.parquet"))
+    data.save_to_disk(tmp_path / "saved")
+    with pytest.raises(
+        ValueError, match="--streaming reads Parquet files in place, and --dataset_name .*saved has none"
+    ):
+        relabel(dataset_name=tmp_path / "saved", streaming=True, output_path=tmp_path / "labels.parquet")
