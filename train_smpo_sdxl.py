@@ -70,8 +70,10 @@ Where this parts from the authors' released code, on purpose:
 
 import argparse
 import atexit
+import copy
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -84,12 +86,15 @@ import signal
 import sys
 import textwrap
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import accelerate
 import datasets
+import fsspec
 import numpy as np
 import peft
 import pyarrow as pa
@@ -97,7 +102,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import (
     DistributedType,
@@ -105,7 +110,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     is_tensorboard_available,
 )
-from datasets import load_dataset, load_from_disk
+from datasets import load_dataset, load_dataset_builder, load_from_disk
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
@@ -153,6 +158,10 @@ KOHYA_LORA_FILE = "pytorch_lora_weights_kohya.safetensors"
 LORA_LAYERS = "to_k,to_q,to_v,to_out.0"
 INTERPOLATION_MODES = ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 LABEL_KEYS = ["image_0_uid", "image_1_uid", "ranking_id"]  # the columns of a labels file that name a pair
+READ_ROWS = 16  # rows read from a file at a time
+READ_BUFFER = 8 * 2**20  # bytes read of one column at a time
+NUM_READERS = 16  # threads that read what is small of many files
+SHUFFLE_BUFFER_SIZE = 1000  # pairs, some 350 MB in Pick-a-Pic, of which two buffers are held
 PROCESS_TIMEOUT = timedelta(hours=6)  # how long processes wait for the first one to prepare a data set
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal with a checkpoint saved, to be started again
 RECORD_FILE = "training_args.json"
@@ -388,6 +397,15 @@ def parse_args(input_args=None):
     group.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
     group.add_argument("--dataset_split_name", "--split", default="train", help="Split of the data set.")
     group.add_argument(
+        "--streaming",
+        action="store_true",
+        help="Read Parquet files where they lie, on a disk or on the Hub, without a copy. Pairs are then shuffled within a"
+        " buffer, and row groups as a whole.",
+    )
+    group.add_argument(
+        "--shuffle_buffer_size", type=int, help=f"Pairs that are shuffled together. Default: {SHUFFLE_BUFFER_SIZE}."
+    )
+    group.add_argument(
         "--labels_path",
         help="Parquet file of soft labels from relabel_pickapic.py, joined to the pairs on their uids. Without it the"
         " label column is one of the data set's own.",
@@ -602,7 +620,7 @@ def validate_args(args):
     positive("rank", "lora_alpha", "max_train_samples", "resolution", "num_inversion_steps", "beta_dpo", "gamma")
     positive("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "learning_rate")
     positive("lr_num_cycles", "lr_power", "adam_epsilon", "max_grad_norm", "vae_encode_batch_size")
-    positive("num_validation_images", "validation_steps", "validation_inference_steps")
+    positive("num_validation_images", "validation_steps", "validation_inference_steps", "shuffle_buffer_size")
     positive("checkpointing_steps", "checkpoints_total_limit", "max_nonfinite_steps")
     if args.resolution % 8:
         problems.append(f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}.")
@@ -622,6 +640,10 @@ def validate_args(args):
     for name in ("lora_alpha", "lora_layers"):
         if args.rank is None and getattr(args, name) is not None:
             problems.append(f"--{name} belongs to LoRA training: give --rank as well, or leave it out.")
+    if args.shuffle_buffer_size is not None and not args.streaming:
+        problems.append(
+            "--shuffle_buffer_size belongs to --streaming; otherwise all pairs are shuffled: leave it out."
+        )
     if args.output_kohya_format and args.rank is None:
         problems.append("--output_kohya_format belongs to LoRA training: give --rank as well, or leave it out.")
     if args.noising != "renoise" and args.renoise_at is not None:
@@ -682,6 +704,8 @@ def validate_args(args):
     if args.rank is not None:
         args.lora_alpha = args.lora_alpha or args.rank
         args.lora_layers = args.lora_layers or LORA_LAYERS
+    if args.streaming:
+        args.shuffle_buffer_size = args.shuffle_buffer_size or SHUFFLE_BUFFER_SIZE
     if args.noising != "forward":
         args.num_inversion_steps = args.num_inversion_steps or NUM_INVERSION_STEPS
         args.inversion_guidance_scale = 1.0 if args.inversion_guidance_scale is None else args.inversion_guidance_scale
@@ -736,6 +760,165 @@ def load_data(name, config_name, split, cache_dir):
     return data
 
 
+def find_parquet(name, config_name, split, streaming, cache_dir):
+    """The Parquet files that a split consists of, None if it is kept in another way.
+
+    Args:
+        name, config_name, split, cache_dir: as for `load_data`.
+        streaming: leave files of the Hub there and return their URLs, instead of downloading them.
+
+    Returns:
+        Paths or URLs, in the order of the rows.
+
+    Raises:
+        ValueError: there is no such data set.
+    """
+    if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        return None
+    accepted = "a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder"
+    with loading("dataset_name", f"{name} --dataset_split_name {split}", accepted):
+        if name.endswith(".parquet"):
+            builder = load_dataset_builder("parquet", data_files={split: name})
+        else:
+            builder = load_dataset_builder(name, config_name, cache_dir=cache_dir)
+    if builder.name != "parquet" or split not in builder.config.data_files:
+        return None
+    files = list(builder.config.data_files[split])
+    if streaming:
+        return files
+    return datasets.DownloadManager(download_config=datasets.DownloadConfig(cache_dir=cache_dir)).download(files)
+
+
+def open_parquet(path):
+    """A Parquet file on a disk or behind a URL. However long its columns, `READ_BUFFER` bytes of each are held at a time."""
+    if "://" in path:
+        filesystem, inner_path = fsspec.core.url_to_fs(path)
+        path = filesystem.open(inner_path, "rb", cache_type="none")
+    return pq.ParquetFile(path, buffer_size=READ_BUFFER, pre_buffer=False)
+
+
+class ParquetShards:
+    """Rows of Parquet files, read where they lie: on a disk, or through fsspec (`hf://`).
+
+    Args:
+        files: paths or URLs, in the order of the rows.
+
+    Raises:
+        ValueError: some are not whole Parquet files; it names them all.
+    """
+
+    def __init__(self, files):
+        def footer(path):
+            try:
+                with open_parquet(path) as file:
+                    groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+                    return file.schema_arrow, groups
+            except (OSError, pa.ArrowException) as error:
+                return error
+
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            footers = list(pool.map(footer, files))
+        broken = [f"{path}: {found}" for path, found in zip(files, footers) if isinstance(found, Exception)]
+        if broken:
+            listed = "\n".join(broken)
+            raise ValueError(
+                f"{len(broken)} of {len(files)} Parquet files cannot be read, the rest can:\n{listed}\nFetch them again."
+            )
+        self.files = list(files)
+        self.row_groups = [groups for _, groups in footers]  # rows of each row group of each file
+        self.schema = pa.schema([field for field in footers[0][0] if all(field.name in s.names for s, _ in footers)])
+
+    @property
+    def column_names(self):
+        return self.schema.names
+
+    def __len__(self):
+        return sum(map(sum, self.row_groups))
+
+    def read(self, shard, columns, first_row=0):
+        """Record batches of some rows of one file, from a row on; row groups before it are not touched."""
+        ends = np.cumsum(self.row_groups[shard])
+        group = int(np.searchsorted(ends, first_row, side="right"))
+        row = sum(self.row_groups[shard][:group])
+        with open_parquet(self.files[shard]) as file:
+            for batch in file.iter_batches(READ_ROWS, range(group, file.num_row_groups), columns):
+                if row + len(batch) > first_row:
+                    yield batch.slice(max(0, first_row - row))
+                row += len(batch)
+
+    def read_columns(self, columns):
+        """Columns of all rows, as a table: for keys and labels, not for images."""
+
+        def read(path):
+            with open_parquet(path) as file:
+                return file.read(columns)
+
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            bar = tqdm(
+                pool.map(read, self.files),
+                total=len(self.files),
+                desc="Keys",
+                unit="file",
+                disable=not PartialState().is_local_main_process,
+            )
+            return pa.concat_tables(bar, promote_options="permissive").replace_schema_metadata()
+
+
+def in_background(iterator, depth):
+    """The items of an iterator, up to `depth` of them fetched ahead by a thread."""
+    iterator, end = iter(iterator), object()
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(next, iterator, end))
+            yield item
+
+
+class StreamedPairs(ParquetShards):
+    """Preference pairs in Parquet files, with what training uses of the interface of `datasets.Dataset`."""
+
+    def select_columns(self, columns):
+        pairs = copy.copy(self)
+        pairs.schema = pa.schema([self.schema.field(name) for name in columns])
+        return pairs
+
+    def __getitem__(self, row):
+        """One pair, as a dict. Its row group is read up to there: for the few that are not read in order."""
+        shard, first_row = self.place_of(row)
+        return next(self.read(shard, self.column_names, first_row)).slice(0, 1).to_pylist()[0]
+
+    def place_of(self, row):
+        """The file that a row lies in, and its number there."""
+        ends = np.cumsum([sum(groups) for groups in self.row_groups])
+        shard = int(np.searchsorted(ends, row, side="right"))
+        return shard, int(row - ends[shard] + sum(self.row_groups[shard]))
+
+
+def open_pairs(args):
+    """The pairs of the command line, as a `datasets.Dataset` or, with --streaming, as `StreamedPairs`.
+
+    Raises:
+        ValueError: they cannot be read, or are not kept as Parquet files with --streaming.
+    """
+    source = (args.dataset_name, args.dataset_config_name, args.dataset_split_name)
+    if not args.streaming:
+        return load_data(*source, args.cache_dir)
+    files = find_parquet(*source, True, args.cache_dir)
+    if files is None:
+        raise ValueError(
+            f"--streaming reads Parquet files in place, and --dataset_name {args.dataset_name} has none of the split"
+            f" {args.dataset_split_name}: leave it out."
+        )
+    return StreamedPairs(files)
+
+
+def read_columns(pairs, columns):
+    """Columns of all pairs as an Arrow table: for keys and labels, not for images."""
+    if isinstance(pairs, StreamedPairs):
+        return pairs.read_columns(columns)
+    return pairs.select_columns(columns).with_format("arrow")[:]
+
+
 def require_columns(columns, flags):
     """Checks that the data set has each column that a flag names.
 
@@ -778,7 +961,7 @@ def join_labels(pairs, labels_path, label_column, key_columns):
     """Labels of a labels file in the order of the pairs.
 
     Args:
-        pairs: `datasets.Dataset` of P pairs.
+        pairs: P pairs, from `open_pairs`.
         labels_path: Parquet file with the columns `LABEL_KEYS` (`ranking_id` may be missing) and `label_column`.
         label_column: column of the labels file to return.
         key_columns: the columns of `pairs` that stand for `LABEL_KEYS`, in that order; a third one that `pairs` lacks
@@ -806,7 +989,7 @@ def join_labels(pairs, labels_path, label_column, key_columns):
     labels = pq.read_table(labels_path, columns=[*keys, label_column])
     labels = with_text_keys(labels, keys).append_column("label", pc.cast(labels[label_column], pa.float64()))
     labels = labels.group_by(keys).aggregate([("label", "min"), ("label", "max"), ([], "count_all")])
-    rows = pairs.select_columns([key_columns[LABEL_KEYS.index(key)] for key in keys]).with_format("arrow")[:]
+    rows = read_columns(pairs, [key_columns[LABEL_KEYS.index(key)] for key in keys])
     rows = with_text_keys(rows, rows.column_names).append_column("row", pa.array(np.arange(len(pairs))))
     rows = rows.join(labels, keys=keys, join_type="left outer").sort_by("row")
 
@@ -831,7 +1014,7 @@ def join_labels(pairs, labels_path, label_column, key_columns):
 
 def column_as_labels(pairs, column):
     """A label column of the data set itself as float64 `[P]`, NaN where it is null."""
-    values = pairs.select_columns([column]).with_format("arrow")[:][column]
+    values = read_columns(pairs, [column])[column]
     return pc.cast(values, pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
 
 
@@ -898,22 +1081,26 @@ class PairDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, key):
-        """The pair, or the next one that can be read; `problems` says why those before could not."""
-        epoch, index = key
+        """The pair, or the next one that can be read; `problems` says why those before could not.
+
+        Args:
+            key: (epoch, index), or (epoch, index, pair) of a pair that has been fetched already.
+        """
+        epoch, index, *fetched = key
         problems = []
         for i in range(len(self)):
             row = int(self.rows[(index + i) % len(self)])
             try:
-                return {**self.load_pair(epoch, (index + i) % len(self)), "problems": problems}
+                pair = fetched.pop() if fetched else self.pairs[row]
+                return {**self.prepare(pair, epoch, (index + i) % len(self)), "problems": problems}
             except ValueError as error:
                 problems.append(f"row {row} of the data set: {error}")
         raise ValueError(
             f"None of the {len(self)} pairs of {self.args.dataset_name} can be read, the last {problems[-1]}."
         )
 
-    def load_pair(self, epoch, index):
+    def prepare(self, pair, epoch, index):
         args, row = self.args, int(self.rows[index])
-        pair = self.pairs[row]
         caption = pair[args.caption_column]
         if not isinstance(caption, str):
             raise ValueError(f"{args.caption_column} is {type(caption).__name__}, not a text")
@@ -1018,6 +1205,69 @@ class PairSampler(torch.utils.data.Sampler):
                 begin = (batch * self.num_processes + self.process_index) * self.batch_size
                 yield [(epoch, int(index)) for index in order[begin : begin + self.batch_size]]
             epoch, first = epoch + 1, 0
+
+
+class PairStream(torch.utils.data.Sampler):
+    """Endless batches of (epoch, index, pair) for one process, of `StreamedPairs`, which are read in order.
+
+    In each epoch the row groups are shuffled, and what they hold one after the other is divided evenly among the processes;
+    each reads its part and shuffles `buffer_size` pairs at a time. `start`, a number of micro-batches, goes on where an
+    earlier run stopped, with the batches that it would have had.
+    """
+
+    def __init__(self, dataset, batch_size, num_processes, process_index, seed, start, buffer_size):
+        self.pairs, self.rows, self.batch_size, self.seed, self.start = (
+            dataset.pairs,
+            dataset.rows,
+            batch_size,
+            seed,
+            start,
+        )
+        self.process_index, self.buffer_size = process_index, buffer_size
+        self.pairs_per_epoch = len(self.rows) // num_processes
+        self.batches_per_epoch = self.pairs_per_epoch // batch_size
+        ends = np.cumsum([num_rows for groups in self.pairs.row_groups for num_rows in groups])
+        self.group_of = np.searchsorted(ends, self.rows, side="right")
+        self.row_groups = np.split(np.arange(len(self.rows)), np.searchsorted(self.rows, ends[:-1]))
+
+    def __iter__(self):
+        epoch, batch = divmod(self.start, self.batches_per_epoch)
+        while True:
+            # The next buffer is read while this one is used up.
+            buffers = in_background(self.buffers(epoch, batch * self.batch_size), 1)
+            pairs = itertools.chain.from_iterable(buffers)
+            for _ in range(batch, self.batches_per_epoch):
+                yield list(itertools.islice(pairs, self.batch_size))
+            buffers.close()
+            epoch, batch = epoch + 1, 0
+
+    def buffers(self, epoch, first):
+        """Lists of (epoch, index, pair) from the first-th pair of this process's epoch on."""
+        shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self.row_groups))
+        order = np.concatenate([self.row_groups[i] for i in shuffled])
+        order = order[self.process_index * self.pairs_per_epoch :][: self.pairs_per_epoch]
+        number, used = divmod(first, self.buffer_size)
+        pairs = self.read(order[number * self.buffer_size :])
+        while buffer := list(itertools.islice(pairs, self.buffer_size)):
+            rng = np.random.default_rng([self.seed, epoch, self.process_index, number])
+            yield [(epoch, *buffer[i]) for i in rng.permutation(len(buffer))[used:]]
+            number, used = number + 1, 0
+
+    def read(self, order):
+        """(index, pair) for each index; those of a row group stand together and ascend."""
+        for _, indices in itertools.groupby(order, key=lambda index: self.group_of[index]):
+            indices = np.fromiter(indices, dtype=np.int64)
+            shard, row = self.pairs.place_of(self.rows[indices[0]])
+            rows = self.rows[indices] - self.rows[indices[0]] + row  # in the file
+            with loading(
+                "dataset_name", f"{self.pairs.files[shard]} after row {row}", "a whole Parquet file: fetch it again"
+            ):
+                for batch in self.pairs.read(shard, self.pairs.column_names, row):
+                    here = (row <= rows) & (rows < row + len(batch))
+                    yield from zip(indices[here].tolist(), batch.take(pa.array(rows[here] - row)).to_pylist())
+                    row += len(batch)
+                    if row > rows[-1]:
+                        break
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1853,7 +2103,7 @@ def main(args):
     check_models(args)
     alpha_bar = load_noise_schedule(args).to(accelerator.device)
     with accelerator.main_process_first():
-        pairs = load_data(args.dataset_name, args.dataset_config_name, args.dataset_split_name, args.cache_dir)
+        pairs = open_pairs(args)
     rows, soft_labels_0 = select_pairs(pairs, args)
     pairs_per_micro_step = args.train_batch_size * accelerator.num_processes
     pairs_per_step = pairs_per_micro_step * args.gradient_accumulation_steps
@@ -1902,16 +2152,20 @@ def main(args):
         accelerator.load_state(args.resume_from_checkpoint)
         accelerator.step = 0  # checkpoints lie on optimiser steps, whatever the accumulation was or is
         global_step = step_of(args.resume_from_checkpoint)
-    sampler = PairSampler(
-        len(rows),
-        args.train_batch_size,
-        accelerator.num_processes,
-        accelerator.process_index,
-        args.seed,
-        start=global_step * args.gradient_accumulation_steps,
-    )
+    dataset = PairDataset(pairs, rows, soft_labels_0, len(alpha_bar), args)
+    sampling = {
+        "batch_size": args.train_batch_size,
+        "num_processes": accelerator.num_processes,
+        "process_index": accelerator.process_index,
+        "seed": args.seed,
+        "start": global_step * args.gradient_accumulation_steps,
+    }
+    if args.streaming:
+        sampler = PairStream(dataset, buffer_size=args.shuffle_buffer_size, **sampling)
+    else:
+        sampler = PairSampler(len(rows), **sampling)
     dataloader = torch.utils.data.DataLoader(
-        PairDataset(pairs, rows, soft_labels_0, len(alpha_bar), args),
+        dataset,
         batch_sampler=sampler,
         collate_fn=collate_pairs,
         num_workers=args.dataloader_num_workers,

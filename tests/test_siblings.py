@@ -63,6 +63,7 @@ DIFFERENT_FLAGS = {
     ("dataloader_num_workers", "help"): "scoring waits for images, training does not",
     ("dtype", "default"): "evaluation judges in full precision unless told otherwise",
     ("dtype", "help"): "evaluation judges in full precision unless told otherwise",
+    ("streaming", "help"): "scoring reads files in order, training has to shuffle them",
     ("push_to_hub", "help"): "labels in one, a model in the other",
     ("resolution", "default"): "evaluation serves both models",
     ("reward_processor", "nargs"): "labels may come from several reward models",
