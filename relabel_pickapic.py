@@ -16,7 +16,7 @@
 #
 # /// script
 # dependencies = [
-#     "torch",
+#     "torch>=2.6",
 #     "transformers>=4.55.0",
 #     "accelerate>=1.7.0",
 #     "datasets>=3.6.0",
@@ -104,7 +104,7 @@ PIECE_ROWS = 1024  # what a stopped run has to score again, at most
 CAPTION_CHUNK = 1024  # captions that are embedded, and kept, together
 REASONS = ["no caption", "not a readable image", "not finite"]  # why a pair has no label, as parts of `invalid_reason`
 READ_ROWS = 16  # rows read from a file at a time
-READ_BUFFER = 8 * 2**20  # bytes read of one column at a time
+READ_BUFFER = 8 * 2**20  # bytes fetched of one column at a time
 NUM_READERS = 16  # threads that read what is small of many files
 ARROW_SHARD_ROWS = 16 * PIECE_ROWS  # what counts as a shard where data lie in no Parquet files
 LABELS_ROW_GROUP = 65_536  # rows; a reader of few rows goes by the page index
@@ -238,12 +238,12 @@ def parse_args(input_args=None):
         help="Precision of the models. Default: float16 on an accelerator, float32 on a CPU.",
     )
     group.add_argument(
-        "--batch_size", type=int, default=256, help="Images or captions at a time; halved when they do not fit."
+        "--batch_size", type=int, default=128, help="Images or captions at a time; halved when they do not fit."
     )
     group.add_argument(
         "--dataloader_num_workers",
         type=int,
-        help="Processes that decode images. Default: the machine's cores, shared out to its processes; none on a CPU.",
+        help="Processes that decode images. Default: the machine's cores, shared out to its processes.",
     )
 
     group = parser.add_argument_group("output")
@@ -409,7 +409,7 @@ def find_parquet(name, config_name, split, streaming, cache_dir):
 
 
 def open_parquet(path):
-    """A Parquet file on a disk or behind a URL. However long its columns, `READ_BUFFER` bytes of each are held at a time."""
+    """A Parquet file on a disk or behind a URL. However long it is, some pages of each column that is read are held at a time."""
     if "://" in path:
         filesystem, inner_path = fsspec.core.url_to_fs(path)
         path = filesystem.open(inner_path, "rb", cache_type="none")
@@ -505,16 +505,6 @@ class DatasetShards:
         return self.data.select_columns(columns)[:].replace_schema_metadata()
 
 
-def in_background(iterator, depth):
-    """The items of an iterator, up to `depth` of them fetched ahead by a thread."""
-    iterator, end = iter(iterator), object()
-    with ThreadPoolExecutor(1) as pool:
-        ahead = deque(pool.submit(next, iterator, end) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not end:
-            ahead.append(pool.submit(next, iterator, end))
-            yield item
-
-
 def open_shards(args):
     """The data set of the command line, its columns checked.
 
@@ -599,9 +589,6 @@ class ImageTasks(torch.utils.data.Dataset):
     def __init__(self, processors, dtype):
         self.processors, self.dtype = processors, dtype
 
-    def __len__(self):
-        raise TypeError("The tasks come from a generator.")
-
     def __getitem__(self, task):
         piece, first_row, images, scored = task
         hashes, problems, places, pixels = np.zeros((len(images), 2), dtype=np.int64), {}, [], []
@@ -644,25 +631,26 @@ def read_tasks(shards, pieces, scored, args):
         scored: bool `[P, 2]`, which images of the data set are to be scored.
     """
     columns = [args.image_0_column, args.image_1_column]
-    in_a_row = itertools.groupby(enumerate(pieces), key=lambda item: (item[1].shard, item[1].number - item[0]))
-    for _, run in in_a_row:
-        run = deque(piece for _, piece in run)
-        row = run[0].first_row
+    # What stands together in a file is read in one go.
+    stretches = itertools.groupby(enumerate(pieces), key=lambda item: (item[1].shard, item[1].number - item[0]))
+    for (shard, _), stretch in stretches:
+        stretch = deque(piece for _, piece in stretch)
+        row = stretch[0].first_row
         try:
-            for batch in shards.read(run[0].shard, columns, row):
+            for batch in shards.read(shard, columns, row):
                 images = list(zip(*(batch.column(name).to_pylist() for name in columns)))
-                while images and run:
-                    first = row - run[0].first_row
-                    part, images = images[: run[0].num_rows - first], images[run[0].num_rows - first :]
-                    start = run[0].start + first
-                    yield run[0], first, part, scored[start : start + len(part)]
+                while images and stretch:
+                    piece = stretch[0]
+                    first = row - piece.first_row
+                    part, images = images[: piece.num_rows - first], images[piece.num_rows - first :]
+                    yield piece, first, part, scored[piece.start + first : piece.start + first + len(part)]
                     row += len(part)
-                    if row == run[0].first_row + run[0].num_rows:
-                        run.popleft()
-                if not run:
+                    if row == piece.first_row + piece.num_rows:
+                        stretch.popleft()
+                if not stretch:
                     break
         except (OSError, pa.ArrowException) as error:
-            logger.error(f"{shards.files[run[0].shard]} breaks off after row {row}: {error}", main_process_only=False)
+            logger.error(f"{shards.files[shard]} breaks off after row {row}: {error}", main_process_only=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -769,7 +757,8 @@ class CaptionEmbeddings:
             path = self.folder / f"captions-{self.reward.name}-{number:05d}.npy"
             if not path.exists():
                 captions = self.captions[number * CAPTION_CHUNK : (number + 1) * CAPTION_CHUNK].to_pylist()
-                embeddings = self.batches(lambda texts: embed_texts(*self.reward[1:3], texts), captions).cpu().numpy()
+                embed = functools.partial(embed_texts, self.reward.model, self.reward.processor)
+                embeddings = self.batches(embed, captions).cpu().numpy()
                 data = io.BytesIO()  # numpy does not notice when a file takes only a part
                 np.save(data, embeddings)
                 write_whole(path, lambda file: file.write(data.getbuffer()))
@@ -889,20 +878,19 @@ def make_plan(shards, args):
     columns["label_0"] = args.human_label_column
     columns = {name: column for name, column in columns.items() if column in shards.column_names}
     keys = shards.read_columns([*dict.fromkeys([*columns.values(), args.caption_column])])
-    captions = pc.dictionary_encode(keys[args.caption_column].combine_chunks())
+    captions = pc.dictionary_encode(pc.cast(keys[args.caption_column], pa.large_string()).combine_chunks())
     if not len(captions.dictionary):
         raise ValueError(f"--caption_column {args.caption_column} of {args.dataset_name} holds no captions.")
     caption_ids = pc.fill_null(captions.indices, -1).to_numpy()
 
-    uids = [pc.cast(keys[columns[key]], pa.string()).combine_chunks() for key in LABEL_KEYS[:2]]
+    uids = [pc.cast(keys[columns[key]], pa.large_string()).combine_chunks() for key in LABEL_KEYS[:2]]
     uids = pc.dictionary_encode(pa.concat_arrays(uids))
     uids = pc.fill_null(uids.indices, -1).to_numpy().astype(np.int64).reshape(2, -1).T.ravel()
     uids = np.where(uids < 0, -1 - np.arange(len(uids)), uids)  # no uid: an image of its own
     first = first_places(uids, np.repeat(caption_ids, 2)).reshape(-1, 2)
     plan = {name: keys[column] for name, column in columns.items()}
-    return pa.table(
-        {**plan, "caption_id": caption_ids, "first_0": first[:, 0], "first_1": first[:, 1]}
-    ), captions.dictionary
+    plan.update(caption_id=caption_ids, first_0=first[:, 0], first_1=first[:, 1])
+    return pa.table(plan), captions.dictionary
 
 
 def score_pieces(prefix, shards, pieces, scored, caption_ids, captions, folder, args):
@@ -926,11 +914,11 @@ def score_pieces(prefix, shards, pieces, scored, caption_ids, captions, folder, 
     num_workers = args.dataloader_num_workers
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_workers = 0 if state.device.type == "cpu" else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        num_workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     loader = torch.utils.data.DataLoader(
         ImageTasks(image_processors, dtype),
         batch_size=None,
-        sampler=in_background(read_tasks(shards, missing, scored, args), 4),
+        sampler=read_tasks(shards, missing, scored, args),
         num_workers=num_workers,
         collate_fn=as_it_is,
         pin_memory=state.device.type == "cuda",
@@ -946,6 +934,7 @@ def score_pieces(prefix, shards, pieces, scored, caption_ids, captions, folder, 
 
 
 def as_it_is(result):
+    """Instead of PyTorch's conversion of everything to tensors."""
     return result
 
 
@@ -968,7 +957,7 @@ def score_piece(piece, results, rewards, embeddings, caption_ids, batches):
     def score_pending():
         if pending:
             places.append(np.concatenate([result["places"] for result in pending]))
-            pixels = [torch.cat(batches_) for batches_ in zip(*(result["pixels"] for result in pending))]
+            pixels = [torch.cat(parts) for parts in zip(*(result["pixels"] for result in pending))]
             scores.append(score_images(pixels, caption_ids[places[-1] // 2], rewards, embeddings, batches))
             pending.clear()
 
@@ -1069,10 +1058,8 @@ def gather_pieces(prefix, pieces, shards, num_rows, folder, args):
     hashes, problems, revisions = np.zeros((num_rows, 2), dtype=np.int64), {}, set()
     scores = np.full((num_rows, 2, len(args.reward_model)), np.nan, dtype=np.float32)
     for piece in pieces:
-        table, rows = (
-            pq.read_table(piece_path(folder, prefix, piece)),
-            slice(piece.start, piece.start + piece.num_rows),
-        )
+        table = pq.read_table(piece_path(folder, prefix, piece))
+        rows = slice(piece.start, piece.start + piece.num_rows)
         revisions.add(table.schema.metadata[b"revisions"].decode())
         for side in (0, 1):
             hashes[rows, side] = table[f"hash_{side}"].to_numpy()

@@ -159,7 +159,7 @@ LORA_LAYERS = "to_k,to_q,to_v,to_out.0"
 INTERPOLATION_MODES = ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 LABEL_KEYS = ["image_0_uid", "image_1_uid", "ranking_id"]  # the columns of a labels file that name a pair
 READ_ROWS = 16  # rows read from a file at a time
-READ_BUFFER = 8 * 2**20  # bytes read of one column at a time
+READ_BUFFER = 8 * 2**20  # bytes fetched of one column at a time
 NUM_READERS = 16  # threads that read what is small of many files
 SHUFFLE_BUFFER_SIZE = 1000  # pairs, some 350 MB in Pick-a-Pic, of which two buffers are held
 PROCESS_TIMEOUT = timedelta(hours=6)  # how long processes wait for the first one to prepare a data set
@@ -790,7 +790,7 @@ def find_parquet(name, config_name, split, streaming, cache_dir):
 
 
 def open_parquet(path):
-    """A Parquet file on a disk or behind a URL. However long its columns, `READ_BUFFER` bytes of each are held at a time."""
+    """A Parquet file on a disk or behind a URL. However long it is, some pages of each column that is read are held at a time."""
     if "://" in path:
         filesystem, inner_path = fsspec.core.url_to_fs(path)
         path = filesystem.open(inner_path, "rb", cache_type="none")

@@ -1,5 +1,6 @@
 """The benchmarks count what they say."""
 
+import benchmark_relabel
 import torch
 from benchmark_memory import LiveBytes, count, in_float32
 from random_models import make_unet
@@ -41,3 +42,9 @@ def test_memory_of_a_lora_step():
     assert parts["UNet"] == 2 * parameters + 4 * lora and parts["reference"] == 0
     assert parts["optimiser"] == 8 * lora + 4 * 256  # two moments a parameter, a step count a tensor
     assert sum(parts.values()) < peak < sum(parts.values()) + 2**28
+
+
+def test_the_slow_loop_gives_the_scores_of_the_fast_one(capsys):
+    """So that their speeds can be compared."""
+    assert benchmark_relabel.main(["speed", "--num_pairs", "32", "--size", "64", "--batch_size", "16"]) < 1e-5
+    assert "| relabel_pickapic.py |" in capsys.readouterr().out
