@@ -8,7 +8,7 @@ IMAGE_SEED ?= 0
 TRAIN_FLAGS ?=
 SOURCES := *.py tests
 
-.PHONY: install demo test quality style fix-copies clean
+.PHONY: install demo test test-slow quality style fix-copies clean
 
 install: $(VENV)/installed
 
@@ -33,6 +33,9 @@ demo: install  ## labels, training and verdict on the tiny model of tests/tiny
 
 test: install
 	$(BIN)/python -m pytest
+
+test-slow: install  ## the same, with every run killed twenty times, and the slowest cases
+	$(BIN)/python -m pytest --slow
 
 quality: install
 	$(BIN)/ruff check $(SOURCES)

@@ -16,55 +16,93 @@
 #
 # /// script
 # dependencies = [
-#     "torch",
+#     "torch>=2.6",
 #     "diffusers>=0.35.0",
 #     "transformers>=4.55.0",
 #     "accelerate>=1.7.0",
 #     "datasets>=3.6.0",
 #     "peft>=0.17.0",
+#     "pyarrow>=17.0",
 #     "pillow>=10.1",
+#     "matplotlib",
 # ]
 # ///
-"""Says whether a tuned model wins: medians and win rates of base against tuned, under a reward model.
+"""Says whether a tuned model wins: medians and win rates of base against tuned, under one or several reward models.
 
-    python evaluate_smpo.py \
+    accelerate launch evaluate_smpo.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --models smpo=smpo-sd15 --prompts_path prompts.txt --output_dir evaluation
 
-Every model draws every prompt with the same seeds, and every image gets its reward, 100 times the cosine of PickScore
-(or of another CLIP-style model). A model's win rate over the base is the share of images with the higher reward than the
-base's at the same prompt and seed, a tie counting a half; its 95 % interval is a bootstrap over prompts. The output folder
-gets the images, `scores.csv` (one line an image), `results.json`, `results.md` and, for each model, `comparison-NAME.png`:
-base beside tuned for prompts from the largest gain to the largest loss.
+Every model draws every prompt with the same seeds, and every image gets its rewards: 100 times the cosine of PickScore
+or of other CLIP-style models, and what else is asked for. A model's win rate over another is the share of images with the
+higher reward than the other's at the same prompt and seed, a tie counting a half; its 95 % interval is a bootstrap over
+prompts. With several files of prompts, or a --group_column, all of it is also said of each group.
+
+The output folder gets
+
+    images/NAME/PROMPT_IMAGE.png   the images
+    scores.csv                     one line an image
+    results.csv, results.json      medians, means and win rates, of every model over every other
+    results.md                     the same to read
+    comparison-NAME.png            base beside tuned, for prompts from the largest gain to the largest loss
+    gaps.png                       how tuned less base is distributed
+    checkpoints.png                win rate over training steps, with --run_dir
+
+The same command, started again, draws only the images that are not there yet. With `accelerate launch` several processes
+share the drawing; machines have to share the folder.
 """
 
 import argparse
 import csv
+import functools
+import hashlib
+import importlib.util
 import json
 import logging
+import math
+import os
 import re
 import textwrap
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import torch
+import transformers
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from accelerate.utils import parse_flag_from_env
 from datasets import load_dataset, load_from_disk
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import check_min_version
 
 
-logger = logging.getLogger(__name__)
+check_min_version("0.35.0")
+
+logger = get_logger(__name__)
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore was tuned from this CLIP
+AESTHETIC_CLIP = "openai/clip-vit-large-patch14"  # whose embeddings LAION's aesthetic head takes
+IMAGE_REWARD = "ImageReward-v1.0"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 NUM_BOOTSTRAP_SAMPLES = 10_000
+BOOTSTRAP_CHUNK = 500  # of them at a time
 NUM_COMPARED_PROMPTS = 12
+PROMPT_FILES = [".txt", ".json", ".csv", ".tsv", ".parquet"]
+EVALUATION_RECORD = "evaluation_args.json"
+MERGE_TIMEOUT = timedelta(days=7)  # how long a process waits at the end for a slower one
+ALL = "all"  # the group of all prompts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,40 +122,96 @@ def bootstrap_interval(values, seed):
     independent.
     """
     prompt_means = np.asarray(values, dtype=np.float64).mean(axis=1)
-    draws = np.random.default_rng(seed).integers(len(prompt_means), size=(NUM_BOOTSTRAP_SAMPLES, len(prompt_means)))
-    low, high = np.quantile(prompt_means[draws].mean(axis=1), [0.025, 0.975])
+    rng, count = np.random.default_rng(seed), len(prompt_means)
+    means = [
+        prompt_means[rng.integers(count, size=(BOOTSTRAP_CHUNK, count))].mean(axis=1)
+        for _ in range(NUM_BOOTSTRAP_SAMPLES // BOOTSTRAP_CHUNK)
+    ]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
 
 
-def summarise(scores, seed):
-    """One row a model: median and mean score, win rate over the base (the first model) and its 95 % interval.
+def summarise(scores, groups, seed):
+    """Medians and means of every model, and its win rates over every other one.
 
     Args:
-        scores: `{model: float array [prompts, images]}`, the base first.
+        scores: `{reward: {model: float array [prompts, images]}}`, the base first.
+        groups: the group of each prompt, or None for each.
         seed: of the bootstrap.
+
+    Returns:
+        Dicts with `reward`, `group`, `model`, `median`, `mean` and `num_prompts`, and dicts with `reward`, `group`, `model`,
+        `opponent`, `win_rate`, `win_rate_low`, `win_rate_high` and `tie_rate`. Groups are `ALL` and, if there are several,
+        each.
     """
-    base = next(iter(scores.values()))
-    rows = []
-    for name, values in scores.items():
-        row = {"model": name, "median": float(np.median(values)), "mean": float(np.mean(values))}
-        if values is not base:
-            won = wins(values, base)
-            low, high = bootstrap_interval(won, seed)
-            row.update(win_rate=float(won.mean()), win_rate_low=low, win_rate_high=high)
-        rows.append(row)
-    return rows
+    chosen = {ALL: np.ones(len(groups), dtype=bool)}
+    for group in dict.fromkeys(group for group in groups if group is not None):
+        chosen[group] = np.array([other == group for other in groups])
+    results, duels = [], []
+    for reward, of_model in scores.items():
+        for group, prompts in chosen.items():
+            if len(chosen) == 2 and group != ALL:
+                continue  # a single group is all
+            key = {"reward": reward, "group": group}
+            for model, values in of_model.items():
+                values = values[prompts]
+                numbers = {"median": float(np.median(values)), "mean": float(np.mean(values))}
+                results.append({**key, "model": model, **numbers, "num_prompts": len(values)})
+                for opponent, others in of_model.items():
+                    if opponent != model:
+                        won = wins(values, others[prompts])
+                        low, high = bootstrap_interval(won, seed)
+                        duel = {"win_rate": float(won.mean()), "win_rate_low": low, "win_rate_high": high}
+                        ties = float((values == others[prompts]).mean())
+                        duels.append({**key, "model": model, "opponent": opponent, **duel, "tie_rate": ties})
+    return results, duels
 
 
-def as_markdown(rows):
-    """The rows of `summarise` as a Markdown table."""
-    lines = ["| model | median score | mean score | win rate over base | 95 % interval |", "|---|---|---|---|---|"]
-    for row in rows:
-        win_rate, interval = "", ""
-        if "win_rate" in row:
-            win_rate = f"{row['win_rate']:.1%}"
-            interval = f"{row['win_rate_low']:.1%} to {row['win_rate_high']:.1%}"
-        lines.append(f"| {row['model']} | {row['median']:.3f} | {row['mean']:.3f} | {win_rate} | {interval} |")
-    return "\n".join(lines)
+def find(rows, **values):
+    """The row, of `summarise`, that has these values."""
+    (row,) = [row for row in rows if values.items() <= row.items()]
+    return row
+
+
+def in_percent(duel):
+    """Win rate and interval of a row of `summarise`, as texts."""
+    return f"{duel['win_rate']:.1%}", f"{duel['win_rate_low']:.1%} to {duel['win_rate_high']:.1%}"
+
+
+def as_markdown(results, duels):
+    """What `summarise` returns as Markdown: a table for each reward and group, and all against all where models are many."""
+    lines = []
+    models = list(dict.fromkeys(row["model"] for row in results))
+    base = models[0]
+    for reward, group in dict.fromkeys((row["reward"], row["group"]) for row in results):
+        key = {"reward": reward, "group": group}
+        count = find(results, model=base, **key)["num_prompts"]
+        lines += [
+            f"**{reward}**, {group} ({count} prompts)" if group != ALL else f"**{reward}** ({count} prompts)",
+            "",
+        ]
+        lines += ["| model | median score | mean score | win rate over base | 95 % interval | ties |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for model in models:
+            row = find(results, model=model, **key)
+            cells = ["", "", ""]
+            if model != base:
+                duel = find(duels, model=model, opponent=base, **key)
+                cells = [*in_percent(duel), f"{duel['tie_rate']:.1%}"]
+            lines.append(f"| {model} | {row['median']:.3f} | {row['mean']:.3f} | {' | '.join(cells)} |")
+        lines.append("")
+        if len(models) > 2 and group == ALL:
+            lines += [f"| {reward}, win rate over | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+            for model in models:
+                won = {
+                    duel["opponent"]: "{} ({})".format(*in_percent(duel))
+                    for duel in duels
+                    if {**key, "model": model}.items() <= duel.items()
+                }
+                cells = [won.get(opponent, "") for opponent in models]
+                lines.append(f"| {model} | {' | '.join(cells)} |")
+            lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,23 +222,29 @@ def as_markdown(rows):
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description="Medians and win rates, base against tuned.")
 
-    group = parser.add_argument_group("models")
+    group = parser.add_argument_group("models", "Give --models, --run_dir, or both.")
     group.add_argument("--pretrained_model_name_or_path", required=True, help="Base model: a Hub name or a folder.")
     group.add_argument("--revision", help="Revision of the base model on the Hub.")
     group.add_argument("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
     group.add_argument(
         "--models",
         nargs="+",
-        required=True,
+        default=[],
         help="Tuned models, each PATH or NAME=PATH: a pipeline (folder or Hub name), a UNet folder, a training checkpoint,"
         " or a LoRA file or folder, the last three on top of the base model.",
+    )
+    group.add_argument(
+        "--run_dir",
+        help="Output folder of a training run: each of its checkpoints is a model, and win rates are plotted.",
     )
     group.add_argument("--cache_dir", help="Where downloaded models and data are kept.")
 
     group = parser.add_argument_group("prompts", "Give one of --prompts_path and --dataset_name.")
     group.add_argument(
         "--prompts_path",
-        help="Text file with a prompt a line. With --dataset_name, the different captions are the prompts.",
+        nargs="+",
+        help="Files of prompts, each a group if there are several: txt with a prompt a line, json with a list of prompts (as"
+        " HPDv2's), or csv, tsv (as Parti-Prompts), json or Parquet with --caption_column.",
     )
     group.add_argument(
         "--dataset_name",
@@ -153,6 +253,9 @@ def parse_args(input_args=None):
     group.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
     group.add_argument("--dataset_split_name", "--split", default="train", help="Split of the data set.")
     group.add_argument("--caption_column", default="caption", help="Prompt of the images.")
+    group.add_argument(
+        "--group_column", help="What the results are broken down by, for example Category of Parti-Prompts."
+    )
     group.add_argument("--max_prompts", type=int, help="Use the first so many prompts.")
 
     group = parser.add_argument_group("sampling")
@@ -166,18 +269,33 @@ def parse_args(input_args=None):
 
     group = parser.add_argument_group("reward model")
     group.add_argument(
-        "--reward_model", default=PICKSCORE, help="CLIP-style model that scores: a Hub name or a folder."
+        "--reward_model",
+        nargs="+",
+        default=[PICKSCORE],
+        help="CLIP-style models that score, each PATH or NAME=PATH: Hub names or folders.",
     )
-    group.add_argument("--reward_model_revision", help="Revision of the reward model on the Hub.")
+    group.add_argument("--reward_model_revision", nargs="+", help="Revision of each reward model on the Hub.")
     group.add_argument(
         "--reward_processor",
-        help=f"Processor of the reward model. Default: the model's own; for PickScore {PICKSCORE_PROCESSOR}.",
+        nargs="+",
+        help=f"Processor of each reward model. Default: the model's own; for PickScore {PICKSCORE_PROCESSOR}.",
+    )
+    group.add_argument(
+        "--aesthetic_head",
+        help="Weights of LAION's aesthetic predictor (sac+logos+ava1-l14-linearMSE.pth), a reward of its own.",
+    )
+    group.add_argument(
+        "--aesthetic_clip", default=AESTHETIC_CLIP, help="CLIP whose image embeddings --aesthetic_head takes."
+    )
+    group.add_argument(
+        "--image_reward", action="store_true", help=f"Also score with {IMAGE_REWARD}: pip install image-reward."
     )
 
     group = parser.add_argument_group("memory and speed")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where models run.")
     group.add_argument(
-        "--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="Precision of the models."
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="Precision of the models. Default: float16 on an accelerator, float32 on a CPU.",
     )
     group.add_argument("--batch_size", type=int, default=16, help="Images at a time.")
 
@@ -189,8 +307,23 @@ def parse_args(input_args=None):
     return args
 
 
+def named_sources(values, flag, taken, problems):
+    """`{name: path}` of a flag's values, PATH or NAME=PATH; what is wrong with them is added to the problems."""
+    sources = {}
+    for value in values:
+        name, _, path = value.rpartition("=")
+        name = name or Path(path).name.removesuffix(".safetensors")
+        if not re.fullmatch(r"[\w.-]+", name) or name in taken or name in sources:
+            problems.append(
+                f"--{flag} {value}: {name!r} cannot name it, as it is taken or has other characters than letters, digits, '.',"
+                " '_' and '-'. Give NAME=PATH."
+            )
+        sources[name] = path
+    return sources
+
+
 def validate_args(args):
-    """Checks the flags and turns --models into `{name: path}`.
+    """Checks the flags, and turns --models and --reward_model into `{name: path}`.
 
     Raises:
         ValueError: with every problem that the flags alone show, one a line, before anything is loaded.
@@ -201,30 +334,59 @@ def validate_args(args):
             problems.append(f"--{name} must be positive, got {getattr(args, name)}.")
     if args.resolution % 8:
         problems.append(f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}.")
+    if not math.isfinite(args.guidance_scale):
+        problems.append(f"--guidance_scale must be finite, got {args.guidance_scale}.")
+    if args.seed < 0:
+        problems.append(f"--seed must not be negative, got {args.seed}.")
     if (args.prompts_path is None) == (args.dataset_name is None):
         problems.append("Give prompts with one of --prompts_path and --dataset_name.")
-    if args.prompts_path is not None and not Path(args.prompts_path).is_file():
-        problems.append(f"--prompts_path {args.prompts_path} is not a file.")
-    models = {}
-    for model in args.models:
-        name, _, path = model.rpartition("=")
-        name = name or Path(path).stem
-        if not re.fullmatch(r"[\w.-]+", name) or name == "base" or name in models:
-            problems.append(
-                f"--models {model}: {name!r} cannot name it, as it is taken or has other characters than letters, digits,"
-                " '.', '_' and '-'. Give NAME=PATH."
-            )
-        models[name] = path
+    for path in args.prompts_path or []:
+        if not Path(path).is_file():
+            problems.append(f"--prompts_path {path} is not a file.")
+        elif Path(path).suffix not in PROMPT_FILES:
+            problems.append(f"--prompts_path {path} must end in {', '.join(PROMPT_FILES)}.")
+    args.models = named_sources(args.models, "models", ["base"], problems)
+    for model, path in args.models.items():
         if model_kind(path) is None:
             problems.append(
-                f"--models {model}: {path} is neither a Hub name nor a pipeline, a UNet folder, a training checkpoint or a"
-                " LoRA file."
+                f"--models {model}={path} is neither a Hub name nor a pipeline, a UNet folder, a training checkpoint or a LoRA"
+                " file."
             )
+    args.steps = {}
+    if args.run_dir is not None:
+        for folder in Path(args.run_dir).glob("checkpoint-*"):
+            if folder.name.removeprefix("checkpoint-").isdigit() and model_kind(str(folder)) is not None:
+                args.steps[folder.name] = int(folder.name.removeprefix("checkpoint-"))
+        args.steps = dict(sorted(args.steps.items(), key=lambda item: item[1]))
+        if not args.steps:
+            problems.append(f"--run_dir {args.run_dir} has no folders named checkpoint-STEP with a model.")
+        for name in args.steps.keys() & args.models.keys():
+            problems.append(f"--models {name} has the name of a checkpoint of --run_dir: give it another.")
+        args.models.update({name: str(Path(args.run_dir) / name) for name in args.steps})
+    elif not args.models:
+        problems.append("Give tuned models with --models, or the folder of a run with --run_dir.")
+    taken = ["aesthetic"] * (args.aesthetic_head is not None) + ["imagereward"] * args.image_reward
+    args.reward_model = named_sources(args.reward_model, "reward_model", taken, problems)
+    for name in ("reward_model_revision", "reward_processor"):
+        values = getattr(args, name)
+        if values is not None and len(values) != len(args.reward_model):
+            problems.append(
+                f"--{name} has {len(values)} values for {len(args.reward_model)} reward models: give one for each."
+            )
+    if args.aesthetic_head is not None and not Path(args.aesthetic_head).is_file():
+        problems.append(f"--aesthetic_head {args.aesthetic_head} is not a file.")
+    if args.aesthetic_head is None and args.aesthetic_clip != AESTHETIC_CLIP:
+        problems.append("--aesthetic_clip does nothing without --aesthetic_head.")
+    if args.image_reward and importlib.util.find_spec("ImageReward") is None:
+        problems.append("--image_reward needs its package: pip install image-reward.")
     if problems:
         raise ValueError("\n".join(problems))
-    args.models = models
+
     if args.reward_processor is None:
-        args.reward_processor = PICKSCORE_PROCESSOR if args.reward_model == PICKSCORE else args.reward_model
+        paths = args.reward_model.values()
+        args.reward_processor = [PICKSCORE_PROCESSOR if path == PICKSCORE else path for path in paths]
+    if args.reward_model_revision is None:
+        args.reward_model_revision = [None] * len(args.reward_model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,22 +452,70 @@ def require_columns(columns, flags):
         )
 
 
-def load_prompts(args):
-    """The different prompts, in the order in which they first occur.
+def read_prompts(path, args):
+    """(prompt, group) of a file of --prompts_path; the group is None without a --group_column.
 
     Raises:
-        ValueError: there is none, or the data set cannot be read.
+        ValueError: the file cannot be read, or has no such columns.
     """
-    if args.prompts_path is not None:
-        prompts = [line.strip() for line in Path(args.prompts_path).read_text(encoding="utf-8").splitlines()]
-    else:
+    path = Path(path)
+    accepted = "txt with a prompt a line, a json list of prompts, or csv, tsv, json or Parquet with --caption_column"
+    with loading("prompts_path", path, accepted):
+        if path.suffix == ".parquet":
+            rows = pq.read_table(path).to_pylist()
+        elif path.suffix in (".csv", ".tsv"):
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+        else:
+            text = path.read_text(encoding="utf-8")
+            rows = json.loads(text) if path.suffix == ".json" else text.splitlines()
+        if not isinstance(rows, list) or len({type(row) for row in rows} | {str, dict}) > 2:
+            raise ValueError("it holds no list of prompts or of rows")
+    if not rows or not isinstance(rows[0], dict):
+        if args.group_column is not None:
+            raise ValueError(f"--group_column {args.group_column} is one of a table: {path} is a list of prompts.")
+        return [(row.strip(), None) for row in rows]
+    # Parti-Prompts writes Prompt
+    columns = {name.lower(): name for name in [*rows[0]][::-1]}
+    caption = next((columns[name] for name in (args.caption_column.lower(), "prompt") if name in columns), None)
+    group = args.group_column and columns.get(args.group_column.lower())
+    named = {"caption_column": (args.caption_column, caption), "group_column": (args.group_column, group)}
+    require_columns(list(rows[0]), {flag: name for flag, (name, found) in named.items() if name and not found})
+    return [(row[caption], group and str(row[group])) for row in rows]
+
+
+def load_prompts(args):
+    """The different prompts, in the order in which they first occur, and the group of each, or None.
+
+    Raises:
+        ValueError: there is none, or they cannot be read.
+    """
+    pairs = []
+    if args.prompts_path is None:
         data = load_data(args.dataset_name, args.dataset_config_name, args.dataset_split_name, args.cache_dir)
-        require_columns(data.column_names, {"caption_column": args.caption_column})
-        prompts = data.select_columns([args.caption_column])[:][args.caption_column]
-    prompts = list(dict.fromkeys(prompt for prompt in prompts if prompt))[: args.max_prompts]
+        columns = {"caption_column": args.caption_column}
+        if args.group_column is not None:
+            columns["group_column"] = args.group_column
+        require_columns(data.column_names, columns)
+        rows = data.select_columns([*dict.fromkeys(columns.values())])[:]
+        groups = rows.get(args.group_column, [None] * len(data))
+        pairs = [
+            (prompt, group if group is None else str(group))
+            for prompt, group in zip(rows[args.caption_column], groups)
+        ]
+    for path in args.prompts_path or []:
+        found = read_prompts(path, args)
+        if len(args.prompts_path) > 1 and args.group_column is None:
+            found = [(prompt, Path(path).stem) for prompt, _ in found]
+        pairs += found
+    prompts = {}
+    for prompt, group in pairs:
+        if prompt:
+            prompts.setdefault(prompt, group)
     if not prompts:
         raise ValueError(f"{args.prompts_path or args.dataset_name} has no prompts.")
-    return prompts
+    prompts = list(prompts.items())[: args.max_prompts]
+    return [prompt for prompt, _ in prompts], [group for _, group in prompts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +535,7 @@ def model_kind(path):
     return None
 
 
-def load_pipeline(path, args):
+def load_pipeline(path, device, args):
     """The pipeline of a tuned model, see --models; the base model's for path None.
 
     Raises:
@@ -350,32 +560,80 @@ def load_pipeline(path, args):
             subfolder = None if (Path(path) / "config.json").is_file() else "unet"
             pipeline.unet = UNet2DConditionModel.from_pretrained(path, subfolder=subfolder, **options)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(args.device)
+    return pipeline.to(device)
 
 
-def draw_images(name, pipeline, prompts, args):
-    """Draws every prompt with every seed and saves the images as `images/NAME/PROMPT_IMAGE.png`; their paths, in order."""
-    folder = Path(args.output_dir) / "images" / name
-    folder.mkdir(parents=True, exist_ok=True)
+def fingerprint(path):
+    """Tells a local model from what it was before: a hash of its files' names, sizes and times. A Hub name is itself."""
+    if path is None or not Path(path).exists():
+        return path
+    files = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.safetensors"))
+    facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return f"{path} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+
+
+def open_output(prompts, args):
+    """Makes the output folder, or finds that the images in it are of these prompts, settings and models.
+
+    Raises:
+        ValueError: they are of others; it says which.
+    """
+    folder = Path(args.output_dir)
+    names = ["num_images_per_prompt", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype"]
+    record = {f"--{name}": getattr(args, name) for name in names}
+    record["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    record["model base"] = [fingerprint(args.pretrained_model_name_or_path), args.revision, args.variant]
+    record.update({f"model {name}": fingerprint(path) for name, path in args.models.items()})
+    path = folder / EVALUATION_RECORD
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    changes = [
+        f"{key}: {saved[key]} then, {value} now" for key, value in record.items() if saved.get(key, value) != value
+    ]
+    if changes:
+        listed = "\n".join(changes)
+        raise ValueError(
+            f"--output_dir {folder} holds images of something else:\n{listed}\nGive another folder, or delete this one."
+        )
+    if PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**saved, **record}, indent=2))
+    PartialState().wait_for_everyone()
+
+
+def image_path(name, prompt, i, args):
+    return Path(args.output_dir) / "images" / name / f"{prompt:05d}_{i}.png"
+
+
+def draw_images(name, path, prompts, args):
+    """Draws every prompt with every seed and saves each image, this process's share of those that are not there yet."""
+    state = PartialState()
     jobs = [(prompt, i) for prompt in range(len(prompts)) for i in range(args.num_images_per_prompt)]
-    paths = []
-    with tqdm(total=len(jobs), desc=f"Images of {name}", unit="image") as bar:
-        for start in range(0, len(jobs), args.batch_size):
-            batch = jobs[start : start + args.batch_size]
-            images = pipeline(
-                [prompts[prompt] for prompt, _ in batch],
-                height=args.resolution,
-                width=args.resolution,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                # On the CPU, so that an image does not depend on the device or on the batch it is drawn in.
-                generator=[torch.Generator().manual_seed(args.seed + start + i) for i in range(len(batch))],
-            ).images
-            for (prompt, i), image in zip(batch, images):
-                paths.append(folder / f"{prompt:05d}_{i}.png")
-                image.save(paths[-1])
-            bar.update(len(batch))
-    return paths
+    share = [len(jobs) * part // state.num_processes for part in (state.process_index, state.process_index + 1)]
+    missing = [job for job in jobs[slice(*share)] if not image_path(name, *job, args).exists()]
+    if not missing:
+        return
+    pipeline = load_pipeline(path, state.device, args)
+    image_path(name, 0, 0, args).parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(missing), desc=f"Images of {name}", unit="image", disable=not state.is_local_main_process)
+    for start in range(0, len(missing), args.batch_size):
+        batch = missing[start : start + args.batch_size]
+        seeds = [args.seed + prompt * args.num_images_per_prompt + i for prompt, i in batch]
+        images = pipeline(
+            [prompts[prompt] for prompt, _ in batch],
+            height=args.resolution,
+            width=args.resolution,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            # On the CPU, so that an image does not depend on the device or on the batch it is drawn in.
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).images
+        for job, image in zip(batch, images):
+            target = image_path(name, *job, args)
+            temporary = target.with_name(f".{target.name}.tmp")  # a killed run leaves no half of an image
+            image.save(temporary, "png")
+            os.replace(temporary, target)
+        bar.update(len(batch))
+    bar.close()
 
 
 def side_by_side(base_images, tuned_images, prompts):
@@ -402,38 +660,91 @@ def side_by_side(base_images, tuned_images, prompts):
     return sheet
 
 
-def compare(base_paths, tuned_paths, gaps, prompts):
+def compare(name, gaps, prompts, args):
     """`side_by_side` of at most `NUM_COMPARED_PROMPTS` prompts, evenly spaced from the largest gain to the largest loss.
 
-    `base_paths` and `tuned_paths` are `[prompts][images]`, `gaps` is tuned less base, averaged over images, `[prompts]`.
+    `gaps` is a model's score less the base's, averaged over images, `[prompts]`.
     """
     order = np.argsort(-gaps, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(NUM_COMPARED_PROMPTS, len(order))).round().astype(int)]
     images = [
-        [[Image.open(path) for path in paths[prompt]] for prompt in chosen] for paths in (base_paths, tuned_paths)
+        [
+            [Image.open(image_path(model, prompt, i, args)) for i in range(args.num_images_per_prompt)]
+            for prompt in chosen
+        ]
+        for model in ("base", name)
     ]
     return side_by_side(*images, [f"{prompts[prompt]} ({gaps[prompt]:+.2f})" for prompt in chosen])
 
 
+def draw_gaps(scores):
+    """Histograms of score less the base's, a panel a reward, a line a model."""
+    figure = Figure(figsize=(6 * len(scores), 4), layout="constrained")
+    for axes, (reward, of_model) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items()):
+        base, *others = of_model
+        gaps = {model: (of_model[model] - of_model[base]).ravel() for model in others}
+        ends = np.quantile(np.concatenate(list(gaps.values())), [0.001, 0.999])
+        bins = np.linspace(min(ends[0], -1e-6), max(ends[1], 1e-6), 61)
+        for model, values in gaps.items():
+            axes.hist(np.clip(values, bins[0], bins[-1]), bins=bins, histtype="step", label=model)
+        axes.axvline(0, color="black", linewidth=0.5)
+        axes.set(title=reward, xlabel="score less the base's", ylabel="images")
+        axes.legend()
+    return figure
+
+
+def draw_checkpoints(duels, steps):
+    """Win rate over the base by training step, with its interval, a line a reward."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for reward in dict.fromkeys(duel["reward"] for duel in duels):
+        rows = [find(duels, reward=reward, group=ALL, model=model, opponent="base") for model in steps]
+        axes.plot(steps.values(), [row["win_rate"] for row in rows], marker="o", label=reward)
+        low, high = ([row[f"win_rate_{end}"] for row in rows] for end in ("low", "high"))
+        axes.fill_between(steps.values(), low, high, alpha=0.2)
+    axes.axhline(0.5, color="black", linewidth=0.5)
+    axes.set(xlabel="training step", ylabel="win rate over base, 95 % interval", ylim=(0, 1))
+    axes.legend()
+    return figure
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Reward model
+# Rewards
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_reward_model(args):
-    """The reward model, frozen, on its device, and its processor.
+class Reward(NamedTuple):
+    """A reward model, frozen and on its device, with its processor; `pixels` says which of the distinct image processors
+    prepares its images."""
+
+    name: str
+    model: torch.nn.Module
+    processor: transformers.ProcessorMixin
+    pixels: int
+
+
+def load_rewards(device, dtype, args):
+    """The reward models, and their distinct image processors.
 
     Raises:
-        ValueError: a part cannot be loaded, or the model does not embed images and texts into one space.
+        ValueError: a part cannot be loaded, or a model does not embed images and texts into one space.
     """
-    source = {"revision": args.reward_model_revision, "cache_dir": args.cache_dir}
-    with loading("reward_model", args.reward_model):
-        model = AutoModel.from_pretrained(args.reward_model, **source)
-    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-        raise ValueError(f"--reward_model {args.reward_model} is a {type(model).__name__}, not a CLIP-style model.")
-    with loading("reward_processor", args.reward_processor):
-        processor = AutoProcessor.from_pretrained(args.reward_processor, cache_dir=args.cache_dir)
-    return model.requires_grad_(False).eval().to(args.device, getattr(torch, args.dtype)), processor
+    rewards, image_processors = [], []
+    sources = zip(args.reward_model.items(), args.reward_model_revision, args.reward_processor)
+    for (name, path), revision, processor_path in sources:
+        with loading("reward_model", path):
+            model = AutoModel.from_pretrained(path, revision=revision, cache_dir=args.cache_dir)
+        if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+            raise ValueError(f"--reward_model {path} is a {type(model).__name__}, not a CLIP-style model.")
+        with loading("reward_processor", processor_path):
+            processor = AutoProcessor.from_pretrained(processor_path, cache_dir=args.cache_dir)
+        settings = [image_processor.to_dict() for image_processor in image_processors]
+        if processor.image_processor.to_dict() not in settings:
+            image_processors.append(processor.image_processor)
+            settings.append(processor.image_processor.to_dict())
+        pixels = settings.index(processor.image_processor.to_dict())
+        rewards.append(Reward(name, model.requires_grad_(False).eval().to(device, dtype), processor, pixels))
+    return rewards, image_processors
 
 
 def unit_features(features):
@@ -459,17 +770,75 @@ def embed_texts(model, processor, texts):
     return unit_features(model.get_text_features(**tokens.to(model.device)))
 
 
-def score_paths(paths, prompts, model, processor, args):
-    """100 times the cosine of each image file and its prompt: float array `[len(paths)]`."""
-    scores = []
-    for start in tqdm(range(0, len(paths), args.batch_size), desc="Scores", unit="batch"):
-        images = [Image.open(path).convert("RGB") for path in paths[start : start + args.batch_size]]
-        image_embeddings = embed_images(
-            model, processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+def load_aesthetic_head(path):
+    """LAION's aesthetic predictor: linear layers one after the other, from an image embedding to a number.
+
+    https://github.com/christophschuhmann/improved-aesthetic-predictor. The dropout between them does nothing here.
+
+    Raises:
+        ValueError: the file holds no such layers.
+    """
+    with loading("aesthetic_head", path, "a file of weights named layers.N.weight and layers.N.bias"):
+        try:
+            weights = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        except Exception as error:  # safetensors and pickle have errors of their own
+            raise ValueError(f"it is no file of tensors ({type(error).__name__})") from error
+        numbers = sorted(
+            {int(match[1]) for name in weights if (match := re.fullmatch(r"layers\.(\d+)\.weight", name))}
         )
-        text_embeddings = embed_texts(model, processor, prompts[start : start + args.batch_size])
-        scores.append(100 * (image_embeddings * text_embeddings).sum(-1).cpu().numpy())
-    return np.concatenate(scores).astype(np.float64)
+        if not numbers:
+            raise ValueError(f"it holds {', '.join(list(weights)[:5])}")
+        layers = []
+        for number in numbers:
+            weight, bias = (weights[f"layers.{number}.{part}"] for part in ("weight", "bias"))
+            layer = torch.nn.Linear(*reversed(weight.shape))
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            layers.append(layer)
+    return torch.nn.Sequential(*layers).requires_grad_(False)
+
+
+def load_scorers(device, args):
+    """What scores: `{reward: function of N images and N prompts, to N numbers}`.
+
+    CLIP-style rewards are 100 times the cosine; the others are what their models say.
+
+    Raises:
+        ValueError: a model cannot be loaded.
+    """
+    dtype = getattr(torch, args.dtype)
+
+    def cosines(reward, images, texts):
+        pixels = reward.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        products = embed_images(reward.model, pixels) * embed_texts(reward.model, reward.processor, texts)
+        return 100 * products.sum(-1).cpu()
+
+    scorers = {reward.name: functools.partial(cosines, reward) for reward in load_rewards(device, dtype, args)[0]}
+    if args.aesthetic_head is not None:
+        head = load_aesthetic_head(args.aesthetic_head).to(device)
+        with loading("aesthetic_clip", args.aesthetic_clip):
+            clip = AutoModel.from_pretrained(args.aesthetic_clip, cache_dir=args.cache_dir).eval().to(device, dtype)
+            processor = AutoProcessor.from_pretrained(args.aesthetic_clip, cache_dir=args.cache_dir).image_processor
+
+        def aesthetic(images, texts):
+            return head(embed_images(clip, processor(images=images, return_tensors="pt")["pixel_values"]))[:, 0].cpu()
+
+        scorers["aesthetic"] = aesthetic
+    if args.image_reward:
+        import ImageReward
+
+        model = ImageReward.load(IMAGE_REWARD, device=str(device), download_root=args.cache_dir)
+        scorers["imagereward"] = lambda images, texts: [model.score(text, image) for text, image in zip(texts, images)]
+    return scorers
+
+
+def score_files(paths, prompts, scorers, batch_size):
+    """Rewards of N image files for their prompts: `{reward: float64 array [N]}`."""
+    scores = {name: [] for name in scorers}
+    for start in tqdm(range(0, len(paths), batch_size), desc="Scores", unit="batch"):
+        images = [Image.open(path).convert("RGB") for path in paths[start : start + batch_size]]
+        for name, scorer in scorers.items():
+            scores[name].append(np.asarray(scorer(images, prompts[start : start + batch_size]), dtype=np.float64))
+    return {name: np.concatenate(values) for name, values in scores.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,39 +846,58 @@ def score_paths(paths, prompts, model, processor, args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def write_csv(path, rows):
+    """A table of dicts, with the columns of them all."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(args):
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=MERGE_TIMEOUT)
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
-    prompts = load_prompts(args)
-    model, processor = load_reward_model(args)
-    output_dir = Path(args.output_dir)
+    args.dtype = args.dtype or ("float32" if state.device.type == "cpu" else "float16")
+    prompts, groups = load_prompts(args)
+    models = {"base": None, **args.models}
+    open_output(prompts, args)
+    scorers = load_scorers(state.device, args) if state.is_main_process else None  # first: they may not be there
+    for name, path in models.items():
+        draw_images(name, path, prompts, args)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+
     shape = (len(prompts), args.num_images_per_prompt)
-    prompt_of_image = [prompt for prompt in prompts for _ in range(args.num_images_per_prompt)]
+    jobs = [(name, prompt, i) for name in models for prompt, i in np.ndindex(*shape)]
+    paths = [image_path(*job, args) for job in jobs]
+    flat = score_files(paths, [prompts[prompt] for _, prompt, _ in jobs], scorers, args.batch_size)
+    scores = {reward: dict(zip(models, values.reshape(len(models), *shape))) for reward, values in flat.items()}
 
-    paths, scores = {}, {}
-    for name, path in {"base": None, **args.models}.items():
-        pipeline = load_pipeline(path, args)
-        drawn = draw_images(name, pipeline, prompts, args)
-        del pipeline
-        scores[name] = score_paths(drawn, prompt_of_image, model, processor, args).reshape(shape)
-        paths[name] = np.array(drawn).reshape(shape)
-
-    with open(output_dir / "scores.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["model", "prompt", "seed", "score", "image"])
-        for name in scores:
-            for (prompt, i), score in np.ndenumerate(scores[name]):
-                image = paths[name][prompt, i].relative_to(output_dir)
-                seed = args.seed + prompt * args.num_images_per_prompt + i
-                writer.writerow([name, prompts[prompt], seed, score, image])
-    rows = summarise(scores, args.seed)
-    record = {"results": rows, "num_prompts": len(prompts), "args": vars(args)}
+    output_dir = Path(args.output_dir)
+    seeds = [args.seed + prompt * args.num_images_per_prompt + i for _, prompt, i in jobs]
+    rows = [
+        {"model": name, "prompt": prompts[prompt], "group": groups[prompt], "seed": seed}
+        | {reward: values[row] for reward, values in flat.items()}
+        | {"image": path.relative_to(output_dir)}
+        for row, ((name, prompt, _), seed, path) in enumerate(zip(jobs, seeds, paths))
+    ]
+    write_csv(output_dir / "scores.csv", rows)
+    results, duels = summarise(scores, groups, args.seed)
+    write_csv(output_dir / "results.csv", results + duels)
+    record = {"results": results, "win_rates": duels, "args": vars(args)}
     (output_dir / "results.json").write_text(json.dumps(record, indent=2))
-    (output_dir / "results.md").write_text(as_markdown(rows) + "\n")
+    (output_dir / "results.md").write_text(as_markdown(results, duels) + "\n")
+    first_reward = next(iter(scores.values()))
     for name in args.models:
-        gaps = (scores[name] - scores["base"]).mean(axis=1)
-        compare(paths["base"], paths[name], gaps, prompts).save(output_dir / f"comparison-{name}.png")
-    print(as_markdown(rows))
-    print(f"Images, scores and comparisons are in {output_dir}.")
+        gaps = (first_reward[name] - first_reward["base"]).mean(axis=1)
+        compare(name, gaps, prompts, args).save(output_dir / f"comparison-{name}.png")
+    draw_gaps(scores).savefig(output_dir / "gaps.png", dpi=120)
+    if args.steps:
+        draw_checkpoints(duels, args.steps).savefig(output_dir / "checkpoints.png", dpi=120)
+    print(as_markdown(results, duels))
+    print(f"\nImages, scores and pictures are in {output_dir}.")
 
 
 if __name__ == "__main__":

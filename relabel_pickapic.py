@@ -262,6 +262,21 @@ def parse_args(input_args=None):
     return args
 
 
+def named_sources(values, flag, taken, problems):
+    """`{name: path}` of a flag's values, PATH or NAME=PATH; what is wrong with them is added to the problems."""
+    sources = {}
+    for value in values:
+        name, _, path = value.rpartition("=")
+        name = name or Path(path).name.removesuffix(".safetensors")
+        if not re.fullmatch(r"[\w.-]+", name) or name in taken or name in sources:
+            problems.append(
+                f"--{flag} {value}: {name!r} cannot name it, as it is taken or has other characters than letters, digits, '.',"
+                " '_' and '-'. Give NAME=PATH."
+            )
+        sources[name] = path
+    return sources
+
+
 def validate_args(args, default_of):
     """Fills in the defaults that depend on other flags, and turns --reward_model into `{name: path}`.
 
@@ -298,17 +313,8 @@ def validate_args(args, default_of):
     if (args.hub_token or args.hub_dataset_id) and not args.push_to_hub:
         problems.append("--hub_token and --hub_dataset_id do nothing without --push_to_hub.")
 
-    models = {}
-    for model in args.reward_model:
-        name, _, source = model.rpartition("=")
-        name = name or Path(source).name
-        if not re.fullmatch(r"[\w.-]+", name) or name in models:
-            problems.append(
-                f"--reward_model {model}: {name!r} cannot name it, as it is taken or has other characters than letters,"
-                " digits, '.', '_' and '-'. Give NAME=PATH."
-            )
-        models[name] = source
-    count = len(models)
+    args.reward_model = named_sources(args.reward_model, "reward_model", [], problems)
+    count = len(args.reward_model)
     for name in ("reward_model_revision", "reward_processor", "reward_weights", "score_min", "score_max"):
         values = getattr(args, name)
         if values is not None and args.scores_from is None and len(values) != count:
@@ -326,9 +332,9 @@ def validate_args(args, default_of):
     if problems:
         raise ValueError("\n".join(problems))
 
-    args.reward_model = models
     if args.reward_processor is None:
-        args.reward_processor = [PICKSCORE_PROCESSOR if path == PICKSCORE else path for path in models.values()]
+        paths = args.reward_model.values()
+        args.reward_processor = [PICKSCORE_PROCESSOR if path == PICKSCORE else path for path in paths]
     if args.reward_model_revision is None:
         args.reward_model_revision = [None] * count
 

@@ -26,6 +26,25 @@ import train_smpo_sd15  # noqa: E402
 import train_smpo_sdxl  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--slow", action="store_true", help="Kill runs twenty times, not four, and run what is marked slow."
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
+@pytest.fixture(scope="session")
+def num_kills(pytestconfig):
+    """How often the kill tests kill."""
+    return 20 if pytestconfig.getoption("--slow") else 4
+
+
 @pytest.fixture(autouse=True)
 def fresh_process():
     """What a run leaves in its process: accelerate's state, signal handlers, the umask."""

@@ -47,13 +47,13 @@ def main():
 class ForkServer:
     """Runs of a script in processes of their own, one at a time."""
 
-    def __init__(self, script, log):
+    def __init__(self, script, log, **environment):
         self.run_id = None
         answers, write_end = os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, __file__, script, str(write_end)],
             stdin=subprocess.PIPE, stdout=open(log, "w"), stderr=subprocess.STDOUT, pass_fds=[write_end], text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, cwd=ROOT,
         )  # fmt: skip
         os.close(write_end)
         self.answers = open(answers)

@@ -82,6 +82,7 @@ def test_an_engine_is_one_process_and_resumes(engine, tmp_path, labels_path):
     assert all(torch.equal(whole[name], saved[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_sdxl_in_bf16_starts_at_the_reference(engine, tmp_path, sdxl):
     logs = engine(
         "train_smpo_sdxl", tmp_path / "out", pretrained_model_name_or_path=sdxl, label_column="label_0",

@@ -7,10 +7,9 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import datasets
 import hub_server
@@ -22,9 +21,6 @@ import torch
 from conftest import ROOT, TINY, assert_same_labels, command_line, names_in, relabel, run_script, split_pairs
 from fork_server import ForkServer, wait_for
 from test_standalone import LAUNCH
-
-
-NUM_KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +61,11 @@ def pieces_in(folder):
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
 
-def test_killed_again_and_again(server, shards, whole, tmp_path):
+def test_killed_again_and_again(server, shards, whole, num_kills, tmp_path):
     """SIGKILL at random moments, from the start to the writing of the labels: the same file, and no piece scored twice."""
     rng, killed, finished, path = random.Random(0), 0, 0, tmp_path / "labels.parquet"
     folder, args = path.with_suffix(".scores"), flags_of(path, dataset_name=shards)
-    while killed < NUM_KILLS or not finished:
+    while killed < num_kills or not finished:
         before = pieces_in(folder)
         process = server.start(args)
         wait_for(lambda: pieces_in(folder).keys() - before.keys() or len(before) > 30 or path.exists())
@@ -84,7 +80,7 @@ def test_killed_again_and_again(server, shards, whole, tmp_path):
             finished += 1
             for rest in (folder, path.with_suffix(".png"), path):
                 shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
-    assert killed >= NUM_KILLS
+    assert killed >= num_kills
 
 
 def test_nothing_is_loaded_when_all_is_scored(server, shards, whole, tmp_path):
@@ -185,13 +181,10 @@ def several_processes(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
-@pytest.mark.parametrize("num_processes, data", [(2, "shards"), (3, "one file"), (2, "save_to_disk")])
+@pytest.mark.parametrize("num_processes, data", [(2, "shards"), (3, "save_to_disk")])
 def test_several_processes_write_the_same_file(num_processes, data, shards, whole, tmp_path, monkeypatch):
     name = shards
-    if data == "one file":  # which is one piece: two of the processes have nothing to do
-        name = tmp_path / "all.parquet"
-        pq.write_table(pa.concat_tables([pq.read_table(path) for path in sorted(shards.parent.glob("*"))]), name)
-    if data == "save_to_disk":
+    if data == "save_to_disk":  # which is one piece: two of the processes have nothing to do
         name = tmp_path / "saved"
         datasets.Dataset(pa.concat_tables([pq.read_table(p) for p in sorted(shards.parent.glob("*"))])).save_to_disk(
             name
@@ -223,33 +216,29 @@ def test_a_run_goes_on_with_another_number_of_processes(server, shards, whole, t
 # A data set on the Hub
 
 
-@pytest.fixture
-def hub(tmp_path):
-    """A Hub with the repository ada/pairs, of three files, in each of which most bytes are images."""
-    split_pairs(tmp_path / "data", 200)
-    (tmp_path / "root" / "ada").mkdir(parents=True)
-    (tmp_path / "root" / "ada" / "pairs").mkdir()
-    (tmp_path / "data").rename(tmp_path / "root" / "ada" / "pairs" / "data")
-    with hub_server.serve(tmp_path / "root") as hub:
-        yield hub
-
-
-def run_with_hub(hub, home, *args):
-    done = subprocess.run(
-        [sys.executable, ROOT / "relabel_pickapic.py", *args],
-        env={**os.environ, **hub.environment(home)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A Hub with the repository ada/pairs, of three files, in each of which most bytes are images; where what is downloaded is
+    kept; runs that see it, and their log."""
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "root" / "ada" / "pairs").mkdir(parents=True)
+    split_pairs(folder / "root" / "ada" / "pairs" / "data", 200)
+    log = folder / "log.txt"
+    with hub_server.serve(folder / "root") as hub:
+        with ForkServer("relabel_pickapic", log, **hub.environment(folder / "home")) as server:
+            yield SimpleNamespace(root=folder / "root", home=folder / "home", server=server, log=log)
 
 
 @pytest.mark.parametrize("streaming", [None, True])
 def test_a_data_set_on_the_hub(streaming, hub, labels_path, tmp_path):
-    flags = {"dataset_name": "ada/pairs", "streaming": streaming}
-    code, output = run_with_hub(hub, tmp_path / "home", *flags_of(tmp_path / "labels.parquet", **flags))
-    assert code == 0, output
+    def copies():
+        return {path for path in hub.home.rglob("*") if path.is_file() and path.stat().st_size > 100_000}
+
+    before = copies()
+    flags = {"dataset_name": "ada/pairs", "streaming": streaming, "cache_dir": hub.home / str(streaming)}
+    assert hub.server.run(flags_of(tmp_path / "labels.parquet", **flags)) == 0, hub.log.read_text()
     assert_same_labels(tmp_path / "labels.parquet", labels_path, atol=1e-6)
-    copies = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size > 100_000]
-    assert bool(copies) == (streaming is None)
+    assert bool(copies() - before) == (streaming is None)
 
 
 def test_labels_are_uploaded(hub, tmp_path):
@@ -258,16 +247,13 @@ def test_labels_are_uploaded(hub, tmp_path):
         "dataset_name": TINY / "pairs", "dataset_split_name": "test", "push_to_hub": True,
         "with_images": tmp_path / "copy", "hub_dataset_id": "ada/labelled",
     }  # fmt: skip
-    code, output = run_with_hub(hub, tmp_path / "home", *flags_of(tmp_path / "labels.parquet", **flags))
-    assert code == 0, output
-    repo = tmp_path / "root" / "ada" / "labelled"
+    assert hub.server.run(flags_of(tmp_path / "labels.parquet", **flags)) == 0, hub.log.read_text()
+    repo = hub.root / "ada" / "labelled"
     assert names_in(repo) - {".gitattributes"} == {"README.md", "labels.parquet", "labels.png", "data"}
     assert (repo / "labels.parquet").read_bytes() == (tmp_path / "labels.parquet").read_bytes()
     data = datasets.load_dataset(str(repo), cache_dir=tmp_path / "cache")
-    assert (
-        list(data) == ["test"]
-        and data["test"]["soft_label_0"][:] == pq.read_table(repo / "labels.parquet")["soft_label_0"].to_pylist()
-    )
+    labels = pq.read_table(repo / "labels.parquet")
+    assert list(data) == ["test"] and data["test"]["soft_label_0"][:] == labels["soft_label_0"].to_pylist()
     card = (repo / "README.md").read_text()
     assert json.dumps({"name": "pickscore"})[1:-1] in card and "![distribution](labels.png)" in card
 
@@ -275,9 +261,8 @@ def test_labels_are_uploaded(hub, tmp_path):
 def test_what_the_hub_does_not_have(hub, tmp_path):
     for name, message in [("ada/none", "--dataset_name ada/none .*cannot be loaded"), ("ada/pairs", "no column for")]:
         flags = {"dataset_name": name, "image_0_column": "left"}
-        code, output = run_with_hub(hub, tmp_path / "home", *flags_of(tmp_path / "labels.parquet", **flags))
-        assert code == 1 and "ValueError" in output
-        assert re.search(message, output), output
+        assert hub.server.run(flags_of(tmp_path / "labels.parquet", **flags)) == 1
+        assert re.search(f"ValueError: .*{message}", hub.log.read_text())
 
 
 def test_streaming_is_for_parquet(tmp_path):

@@ -28,7 +28,6 @@ import train_smpo_sd15
 from train_smpo_sd15 import EXIT_STOPPED, LORA_FILE, find_checkpoints, parse_args
 
 
-NUM_KILLS = 20
 FAST = {"label_column": "label_0", "noising": "forward", "rank": 2, "train_batch_size": 1, "report_to": "none"}
 
 
@@ -51,13 +50,13 @@ def steps_in(folder):
 
 
 @pytest.mark.parametrize("flags", [{}, {"rank": None, "optimizer": "adafactor"}], ids=["lora", "full"])
-def test_a_run_killed_twenty_times_ends_as_the_whole_one(flags, server, tmp_path):
+def test_a_run_killed_many_times_ends_as_the_whole_one(num_kills, flags, server, tmp_path):
     """SIGKILL, half of the times while a checkpoint is being written. The newest complete checkpoint is always usable."""
     flags = {**FAST, **flags, "max_train_steps": 50, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
     assert server.run(train_flags(tmp_path / "whole", **flags)) == 0
     rng, killed, during_a_save, output_dir = random.Random(0), 0, 0, tmp_path / "killed"
     args = train_flags(output_dir, resume_from_checkpoint="latest", **flags)
-    while killed < NUM_KILLS:
+    while killed < num_kills:
         before = max(steps_in(output_dir), default=0)
         process = server.start(args)
         wait_for(lambda: max(steps_in(output_dir), default=0) > before)
@@ -68,7 +67,7 @@ def test_a_run_killed_twenty_times_ends_as_the_whole_one(flags, server, tmp_path
         os.killpg(process, signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL, "the run had ended"
         killed += 1
-    assert during_a_save >= NUM_KILLS // 4
+    assert during_a_save >= num_kills // 4
     assert server.run(args) == 0
     name = LORA_FILE if flags["rank"] else "unet/diffusion_pytorch_model.safetensors"
     assert same_weights(tmp_path / "whole" / name, output_dir / name)

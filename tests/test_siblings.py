@@ -44,7 +44,6 @@ DIFFERENT_NAMES = {
     "parse_args": "each script has flags of its own",
     "validate_args": "each script has flags of its own",
     "main": "each script does something else",
-    "logger": "evaluation runs in one process, the others in several, of which one is to speak",
 }
 # (flag, property): why
 DIFFERENT_TRAINING_FLAGS = {
@@ -61,18 +60,9 @@ DIFFERENT_FLAGS = {
     ("batch_size", "default"): "drawing an image takes more memory than scoring it",
     ("dataloader_num_workers", "default"): "scoring waits for images, training does not",
     ("dataloader_num_workers", "help"): "scoring waits for images, training does not",
-    ("dtype", "default"): "evaluation judges in full precision unless told otherwise",
-    ("dtype", "help"): "evaluation judges in full precision unless told otherwise",
     ("streaming", "help"): "scoring reads files in order, training has to shuffle them",
     ("push_to_hub", "help"): "labels in one, a model in the other",
     ("resolution", "default"): "evaluation serves both models",
-    ("reward_processor", "nargs"): "labels may come from several reward models",
-    ("reward_processor", "help"): "labels may come from several reward models",
-    ("reward_model_revision", "nargs"): "labels may come from several reward models",
-    ("reward_model_revision", "help"): "labels may come from several reward models",
-    ("reward_model", "nargs"): "labels may come from several reward models",
-    ("reward_model", "help"): "labels may come from several reward models",
-    ("reward_model", "default"): "labels may come from several reward models",
 }
 
 
