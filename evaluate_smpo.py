@@ -186,10 +186,7 @@ def as_markdown(results, duels):
     for reward, group in dict.fromkeys((row["reward"], row["group"]) for row in results):
         key = {"reward": reward, "group": group}
         count = find(results, model=base, **key)["num_prompts"]
-        lines += [
-            f"**{reward}**, {group} ({count} prompts)" if group != ALL else f"**{reward}** ({count} prompts)",
-            "",
-        ]
+        lines += [f"**{reward}**, {group} prompts ({count})", ""]
         lines += ["| model | median score | mean score | win rate over base | 95 % interval | ties |"]
         lines += ["|---|---|---|---|---|---|"]
         for model in models:
@@ -203,12 +200,10 @@ def as_markdown(results, duels):
         if len(models) > 2 and group == ALL:
             lines += [f"| {reward}, win rate over | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
             for model in models:
-                won = {
-                    duel["opponent"]: "{} ({})".format(*in_percent(duel))
-                    for duel in duels
-                    if {**key, "model": model}.items() <= duel.items()
-                }
-                cells = [won.get(opponent, "") for opponent in models]
+                others = [
+                    None if other == model else find(duels, model=model, opponent=other, **key) for other in models
+                ]
+                cells = ["" if duel is None else "{} ({})".format(*in_percent(duel)) for duel in others]
                 lines.append(f"| {model} | {' | '.join(cells)} |")
             lines.append("")
     return "\n".join(lines).rstrip()

@@ -117,7 +117,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import AutoModel, AutoProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -151,6 +151,8 @@ ACCEPTED_MODELS = "SDXL base models and those made from them, not its refiner; f
 MODEL_LICENSE = "openrail++"
 MODEL_TAG = "stable-diffusion-xl"
 
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore was tuned from this CLIP
 NUM_INVERSION_STEPS = 9  # the paper's choice; 19 was a little better there at twice the cost
 RENOISE_AT = "last_move"  # "few-step DDIM inversion, then one correction at x_t"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
@@ -165,11 +167,14 @@ SHUFFLE_BUFFER_SIZE = 1000  # pairs, some 350 MB in Pick-a-Pic, of which two buf
 PROCESS_TIMEOUT = timedelta(hours=6)  # how long processes wait for the first one to prepare a data set
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal with a checkpoint saved, to be started again
 RECORD_FILE = "training_args.json"
+BEST_FILE = "best.json"
+NUM_PICTURED_PROMPTS = 8  # of the validation prompts
 # A run that is resumed may change these and is still the same run; what the data hold is compared by itself.
 FREE_FLAGS = [
     "dataset_name", "dataset_config_name", "labels_path", "cache_dir", "dataloader_num_workers", "vae_encode_batch_size",
     "offload", "gradient_checkpointing", "logging_dir", "report_to", "tracker_project_name", "validation_prompts",
-    "num_validation_images", "validation_steps", "validation_guidance_scale", "validation_inference_steps", "output_dir",
+    "num_validation_images", "validation_steps", "validation_guidance_scale", "validation_inference_steps",
+    "validation_labels_path", "max_validation_samples", "validation_reward_model", "save_precision", "output_dir",
     "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
     "resume_despite_changes", "max_nonfinite_steps", "max_bad_fraction", "output_kohya_format", "push_to_hub", "hub_token",
     "hub_model_id",
@@ -559,9 +564,30 @@ def parse_args(input_args=None):
     group.add_argument("--logging_dir", default="logs", help="Folder of the logs inside --output_dir.")
     group.add_argument("--report_to", default="tensorboard", help='"tensorboard", "wandb", "all" or "none".')
     group.add_argument("--tracker_project_name", default="smpo-diffusion", help="Project name for the trackers.")
-    group.add_argument("--validation_prompts", nargs="*", help="Prompts to draw, base and policy side by side.")
+    group.add_argument(
+        "--validation_split",
+        help="Pairs on which loss, accuracy and margin are measured, at fixed timesteps and noise: the name of a split, or a"
+        " share such as 0.02 of the training pairs, all those of some prompts, which are not trained on then. With --streaming"
+        " a split, which is downloaded.",
+    )
+    group.add_argument(
+        "--validation_labels_path", help="Labels of a --validation_split with a name. Default: --labels_path."
+    )
+    group.add_argument(
+        "--max_validation_samples", type=int, default=256, help="Measure on at most so many of these pairs."
+    )
+    group.add_argument(
+        "--validation_prompts",
+        nargs="*",
+        help="Prompts to draw, base and policy side by side; or a .txt file with a prompt a line.",
+    )
     group.add_argument("--num_validation_images", type=int, default=2, help="Images per validation prompt.")
-    group.add_argument("--validation_steps", type=int, default=50, help="Draw every so many optimiser steps.")
+    group.add_argument(
+        "--validation_reward_model",
+        help="CLIP-style model that scores the images of the validation prompts, for a median and a win rate over the base;"
+        f" the best checkpoint by that is kept and named in {BEST_FILE}.",
+    )
+    group.add_argument("--validation_steps", type=int, default=50, help="Validate every so many optimiser steps.")
     group.add_argument(
         "--validation_guidance_scale", type=float, default=7.5, help="Classifier-free guidance of validation images."
     )
@@ -593,6 +619,13 @@ def parse_args(input_args=None):
         help=f"Write the LoRA also as {KOHYA_LORA_FILE}, which ComfyUI and A1111 read.",
     )
 
+    group.add_argument(
+        "--save_precision",
+        default="fp32",
+        choices=["fp32", "fp16"],
+        help="Precision in which a full model is written.",
+    )
+
     group = parser.add_argument_group("hub")
     group.add_argument("--push_to_hub", action="store_true", help="Upload the final model to the Hub.")
     group.add_argument("--hub_token", help="Token for the Hub; better kept in `hf auth login`.")
@@ -601,6 +634,14 @@ def parse_args(input_args=None):
     args = parser.parse_args(input_args)
     validate_args(args)
     return args
+
+
+def share_of(split):
+    """A --validation_split as a number, None if it is a name or not given."""
+    try:
+        return None if split is None else float(split)
+    except ValueError:
+        return None
 
 
 def validate_args(args):
@@ -621,6 +662,7 @@ def validate_args(args):
     positive("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "learning_rate")
     positive("lr_num_cycles", "lr_power", "adam_epsilon", "max_grad_norm", "vae_encode_batch_size")
     positive("num_validation_images", "validation_steps", "validation_inference_steps", "shuffle_buffer_size")
+    positive("max_validation_samples")
     positive("checkpointing_steps", "checkpoints_total_limit", "max_nonfinite_steps")
     if args.resolution % 8:
         problems.append(f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}.")
@@ -640,6 +682,41 @@ def validate_args(args):
     for name in ("lora_alpha", "lora_layers"):
         if args.rank is None and getattr(args, name) is not None:
             problems.append(f"--{name} belongs to LoRA training: give --rank as well, or leave it out.")
+    if args.save_precision != "fp32" and args.rank is not None:
+        problems.append(
+            "--save_precision is that of a full model, a LoRA is small: leave it out, or leave out --rank."
+        )
+    for name, needed in (
+        ("validation_labels_path", "validation_split"),
+        ("validation_reward_model", "validation_prompts"),
+    ):
+        if getattr(args, name) is not None and not getattr(args, needed):
+            problems.append(f"--{name} does nothing without --{needed}: give both, or leave it out.")
+    if share_of(args.validation_split) is not None:
+        if not 0 < share_of(args.validation_split) < 1:
+            problems.append(f"--validation_split must be a split or a share in (0, 1), got {args.validation_split}.")
+        if args.streaming:
+            problems.append(
+                "--validation_split with a share needs pairs from everywhere: give a split, or no --streaming."
+            )
+        if args.validation_labels_path is not None:
+            problems.append("--validation_labels_path is for a split with a name, not for a share: leave it out.")
+    if args.validation_labels_path is not None and not Path(args.validation_labels_path).is_file():
+        problems.append(f"--validation_labels_path {args.validation_labels_path} is not a file.")
+    if args.validation_reward_model is not None and args.validation_steps % args.checkpointing_steps:
+        problems.append(
+            f"--validation_steps {args.validation_steps} must be a multiple of --checkpointing_steps"
+            f" {args.checkpointing_steps}, so that the best model is there as a checkpoint."
+        )
+    prompts = args.validation_prompts or []
+    if len(prompts) == 1 and prompts[0].endswith(".txt"):
+        if not Path(prompts[0]).is_file():
+            problems.append(f"--validation_prompts {prompts[0]} is not a file.")
+        else:
+            lines = Path(prompts[0]).read_text(encoding="utf-8").splitlines()
+            args.validation_prompts = [line.strip() for line in lines if line.strip()]
+            if not args.validation_prompts:
+                problems.append(f"--validation_prompts {prompts[0]} has no prompts.")
     if args.shuffle_buffer_size is not None and not args.streaming:
         problems.append(
             "--shuffle_buffer_size belongs to --streaming; otherwise all pairs are shuffled: leave it out."
@@ -1018,8 +1095,8 @@ def column_as_labels(pairs, column):
     return pc.cast(values, pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
 
 
-def select_pairs(pairs, args):
-    """The pairs worth training on and their labels.
+def select_pairs(pairs, labels_path, args):
+    """The pairs worth training on and their labels, from a labels file or, if that is None, from a column.
 
     Left out are pairs without a label (their images could not be scored), pairs labelled exactly 0.5, whose gradient
     is zero, and pairs that people called a tie (`--human_label_column`).
@@ -1032,9 +1109,9 @@ def select_pairs(pairs, args):
     """
     columns = pairs.column_names
     require_columns(columns, {n: getattr(args, n) for n in ("image_0_column", "image_1_column", "caption_column")})
-    if args.labels_path is not None:
+    if labels_path is not None:
         key_columns = [args.image_0_uid_column, args.image_1_uid_column, args.ranking_id_column]
-        labels = join_labels(pairs, args.labels_path, args.label_column, key_columns)
+        labels = join_labels(pairs, labels_path, args.label_column, key_columns)
     elif args.label_column in columns:
         labels = column_as_labels(pairs, args.label_column)
     else:
@@ -1057,11 +1134,56 @@ def select_pairs(pairs, args):
         f"{len(pairs)} pairs: {unlabelled.sum()} without a label, {undecided.sum()} labelled 0.5 and {tied.sum()} human"
         f" ties are left out, {len(rows)} remain."
     )
-    if args.max_train_samples is not None:
-        rows = np.sort(np.random.default_rng(args.seed).permutation(rows)[: args.max_train_samples])
     if not len(rows):
         raise ValueError(f"No pair of {args.dataset_name} is left to train on, see the counts above.")
     return rows, labels[rows].astype(np.float32)
+
+
+def hold_out(pairs, rows, share, args):
+    """Which rows of `pairs` are held out for validation, bool `[K]`: all of some prompts, at least a share of the rows."""
+    captions = read_columns(pairs, [args.caption_column])[args.caption_column].combine_chunks()
+    prompt_of_row = pc.fill_null(pc.dictionary_encode(captions).indices, -1).to_numpy()[rows]
+    prompts, counts = np.unique(prompt_of_row, return_counts=True)
+    order = np.random.default_rng(args.seed).permutation(len(prompts))
+    num_prompts = 1 + np.searchsorted(np.cumsum(counts[order]), share * len(rows))
+    return np.isin(prompt_of_row, prompts[order[:num_prompts]])
+
+
+def load_pairs(accelerator, args):
+    """What to train on and what to validate on, each a data set, rows of it and their labels; None for the second.
+
+    Raises:
+        ValueError: see `open_pairs` and `select_pairs`; or there is less than a micro-batch of one.
+    """
+    with accelerator.main_process_first():
+        pairs = open_pairs(args)
+    rows, labels = select_pairs(pairs, args.labels_path, args)
+    held_out = None
+    if (share := share_of(args.validation_split)) is not None:
+        chosen = hold_out(pairs, rows, share, args)
+        held_out = pairs, rows[chosen], labels[chosen]
+        rows, labels = rows[~chosen], labels[~chosen]
+    elif args.validation_split is not None:
+        source = (args.dataset_name, args.dataset_config_name, args.validation_split, args.cache_dir)
+        with accelerator.main_process_first():
+            validation = load_data(*source)
+        held_out = validation, *select_pairs(validation, args.validation_labels_path or args.labels_path, args)
+    if args.max_train_samples is not None:
+        chosen = np.sort(np.random.default_rng(args.seed).permutation(len(rows))[: args.max_train_samples])
+        rows, labels = rows[chosen], labels[chosen]
+
+    needed = args.train_batch_size * accelerator.num_processes
+    if len(rows) < needed:
+        raise ValueError(
+            f"--train_batch_size {args.train_batch_size} on {accelerator.num_processes} processes needs {needed} pairs, and"
+            f" {args.dataset_name} has {len(rows)} to train on: use a smaller batch."
+        )
+    if held_out is not None and min(len(held_out[1]), args.max_validation_samples) < needed:
+        raise ValueError(
+            f"--validation_split {args.validation_split} holds {len(held_out[1])} pairs, of which --max_validation_samples"
+            f" {args.max_validation_samples} are used; a micro-batch takes {needed}: give more."
+        )
+    return (pairs, rows, labels), held_out
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -1774,7 +1896,8 @@ def save_checkpoint(accelerator, step, record, args):
         sync_to_disk(folder.parent)
         if args.checkpoints_total_limit is not None:
             for old in find_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                remove_checkpoint(old)
+                if old.name != read_best(args)["checkpoint"]:
+                    remove_checkpoint(old)
     accelerator.wait_for_everyone()
 
 
@@ -1784,7 +1907,7 @@ def start_output(record, args):
     folder.mkdir(parents=True, exist_ok=True)
     leftovers = list(folder.glob("partial-checkpoint-*"))
     if args.overwrite_output_dir:
-        names = [args.logging_dir, "validation", "unet", "model_index.json", LORA_FILE, KOHYA_LORA_FILE]
+        names = [args.logging_dir, "validation", "unet", "model_index.json", LORA_FILE, KOHYA_LORA_FILE, BEST_FILE]
         leftovers += find_checkpoints(folder) + [folder / name for name in names if (folder / name).exists()]
     for leftover in leftovers:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -1951,7 +2074,8 @@ def side_by_side(base_images, tuned_images, prompts):
 
 def log_validation(accelerator, base_images, policy_images, step, args):
     """Writes base and policy side by side to `validation/step-STEP.png` and to the trackers; returns the file."""
-    sheet = side_by_side(base_images, policy_images, args.validation_prompts)
+    pictured = (part[:NUM_PICTURED_PROMPTS] for part in (base_images, policy_images, args.validation_prompts))
+    sheet = side_by_side(*pictured)
     path = Path(args.output_dir) / "validation" / f"step-{step}.png"
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)
@@ -1961,6 +2085,105 @@ def log_validation(accelerator, base_images, policy_images, step, args):
         if tracker.name == "wandb":
             tracker.log({"validation": wandb.Image(str(path))}, step=step)
     return path
+
+
+@torch.no_grad()
+def validate_pairs(dataset, accelerator, models, alpha_bar, autocast, calls_behind, args):
+    """Means of `metrics_of` over held-out pairs, as `validation/METRIC`, the same pairs, timesteps and noise every time.
+
+    The pairs are a multiple of what the processes take at a time, as they have to take the same number of steps.
+    """
+    size, num_processes = args.train_batch_size, accelerator.num_processes
+    num_batches = min(len(dataset), args.max_validation_samples) // (size * num_processes)
+    order = np.random.default_rng(args.seed).permutation(len(dataset))[: num_batches * size * num_processes]
+    mine = order.reshape(num_batches, num_processes, size)[:, accelerator.process_index]
+    dataloader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=[[(0, int(index)) for index in batch] for batch in mine],
+        collate_fn=collate_pairs,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_stop,
+    )
+    values = []
+    for batch in dataloader:
+        _, metrics = training_step(batch, models, alpha_bar, autocast, args, calls_behind)
+        values.append(torch.stack(list(metrics.values())))
+    means = accelerator.reduce(torch.stack(values).mean(dim=0), "mean").tolist()
+    kept = ("loss", "implicit_accuracy", "reward_margin", "std_tau")
+    return {f"validation/{name}": mean for name, mean in zip(metrics, means) if name in kept}
+
+
+def wins(scores, base_scores):
+    """1 where a score is higher than the base's, 0 where it is lower, 0.5 at a tie; arrays of any one shape."""
+    return (scores > base_scores) + 0.5 * (scores == base_scores)
+
+
+def unit_features(features):
+    """Features `[N, D]` of `get_image_features` or `get_text_features` as fp32 rows of length 1."""
+    if not isinstance(features, torch.Tensor):
+        features = features.pooler_output  # transformers 5 returns an output object
+    return torch.nn.functional.normalize(features.float(), dim=-1)
+
+
+@torch.no_grad()
+def embed_images(model, pixel_values):
+    """Embeddings of preprocessed images `[N, 3, H, W]`: fp32 `[N, D]`, each of length 1."""
+    return unit_features(model.get_image_features(pixel_values=pixel_values.to(model.device, model.dtype)))
+
+
+@torch.no_grad()
+def embed_texts(model, processor, texts):
+    """Embeddings of texts, cut at the model's length (77 tokens for CLIP): fp32 `[N, D]`, each of length 1."""
+    max_length = model.config.text_config.max_position_embeddings
+    tokens = processor.tokenizer(
+        texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
+    )
+    return unit_features(model.get_text_features(**tokens.to(model.device)))
+
+
+def load_validation_reward(dtype, args):
+    """The model of --validation_reward_model, on the CPU, and its processor.
+
+    Raises:
+        ValueError: it cannot be loaded, or is not a CLIP-style model.
+    """
+    name = args.validation_reward_model
+    processor_name = PICKSCORE_PROCESSOR if name == PICKSCORE else name
+    with loading("validation_reward_model", name):
+        model = AutoModel.from_pretrained(name, cache_dir=args.cache_dir).requires_grad_(False).eval().to(dtype)
+        if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+            raise ValueError(f"it is a {type(model).__name__}, not a CLIP-style model")
+        return model, AutoProcessor.from_pretrained(processor_name, cache_dir=args.cache_dir)
+
+
+def score_validation(images, reward, device, args):
+    """Rewards, 100 times the cosine, of the images of `draw_validation`: float64 `[prompts, images]`."""
+    model, processor = reward
+    scores = []
+    with offload_models(model, device=device, offload=True):
+        for prompt, drawn in zip(args.validation_prompts, images):
+            pixel_values = processor.image_processor(images=drawn, return_tensors="pt")["pixel_values"]
+            scores.append((embed_images(model, pixel_values) * embed_texts(model, processor, [prompt])).sum(-1).cpu())
+    return 100 * torch.stack(scores).double().numpy()
+
+
+def read_best(args):
+    """The best validated model so far: `win_rate`, `median_reward`, `step` and `checkpoint`, the name of its folder or None."""
+    path = Path(args.output_dir) / BEST_FILE
+    return json.loads(path.read_text()) if path.is_file() else {"win_rate": -1, "checkpoint": None}
+
+
+def compare_rewards(policy, base, step, args):
+    """Metrics of the policy's rewards `[prompts, images]` against the base's; what is best so far goes into `BEST_FILE`."""
+    metrics = {"win_rate": float(wins(policy, base).mean()), "median_reward": float(np.median(policy))}
+    best = read_best(args)
+    if metrics["win_rate"] > best["win_rate"]:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
+        best = {**metrics, "step": step, "checkpoint": checkpoint.name if checkpoint.is_dir() else None}
+        (Path(args.output_dir) / BEST_FILE).write_text(json.dumps(best, indent=2))
+    metrics["base_median_reward"] = float(np.median(base))
+    logger.info(f"Step {step}: {metrics}; the best win rate so far is {best['win_rate']:.3f}, of step {best['step']}.")
+    return {f"validation/{name}": value for name, value in metrics.items()}
 
 
 def save_model_card(args, metrics, picture):
@@ -1989,6 +2212,13 @@ def save_model_card(args, metrics, picture):
     if picture is not None:
         picture = Path(picture).relative_to(args.output_dir)
         sections.append(f"Base model and tuned model at the same seeds:\n\n![base and tuned, side by side]({picture})")
+    if args.validation_reward_model is not None:
+        best = read_best(args)
+        kept = f"checkpoint `{best['checkpoint']}`" if best["checkpoint"] else "the model here"
+        sections.append(
+            f"Best win rate over the base on the validation prompts, under `{args.validation_reward_model}`:"
+            f" {best['win_rate']:.1%} at step {best['step']}, {kept}."
+        )
     if metrics:
         table = "\n".join(f"| {name} | {value:.5g} |" for name, value in metrics.items())
         sections.append(f"## Last logged step\n\n| metric | value |\n|---|---|\n{table}")
@@ -2004,9 +2234,11 @@ def save_final(unet, metrics, picture, args):
         if args.output_kohya_format:
             save_kohya_lora(unet, args.output_dir, args.lora_alpha)
     else:
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}[args.save_precision]
+        unet = unet.to(dtype)
         unet.save_pretrained(Path(args.output_dir) / "unet")  # first: the rest of the pipeline may fail to load
-        vae = load_network("vae", AutoencoderKL, torch.float32, args)
-        make_pipeline(unet, args, vae=vae, torch_dtype=torch.float32).save_pretrained(args.output_dir)
+        vae = load_network("vae", AutoencoderKL, dtype, args)
+        make_pipeline(unet, args, vae=vae, torch_dtype=dtype).save_pretrained(args.output_dir)
     save_model_card(args, metrics, picture)
     if args.push_to_hub:
         repo_id = create_repo(
@@ -2102,21 +2334,16 @@ def main(args):
     # Configurations and data before weights: a wrong model or column is found in seconds.
     check_models(args)
     alpha_bar = load_noise_schedule(args).to(accelerator.device)
-    with accelerator.main_process_first():
-        pairs = open_pairs(args)
-    rows, soft_labels_0 = select_pairs(pairs, args)
+    (pairs, rows, soft_labels_0), held_out = load_pairs(accelerator, args)
     pairs_per_micro_step = args.train_batch_size * accelerator.num_processes
     pairs_per_step = pairs_per_micro_step * args.gradient_accumulation_steps
-    if len(rows) < pairs_per_micro_step:
-        raise ValueError(
-            f"--train_batch_size {args.train_batch_size} on {accelerator.num_processes} processes needs"
-            f" {pairs_per_micro_step} pairs, and {args.dataset_name} has {len(rows)} to train on: use a smaller batch."
-        )
     record = record_of_run(accelerator, rows, soft_labels_0, args)
     if args.resume_from_checkpoint is not None:
         require_same_run(record, args)
 
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    if args.validation_reward_model is not None:
+        reward = load_validation_reward(weight_dtype, args)
     models = load_models(args, accelerator.device, weight_dtype)
     unet, ref_unet = models["unet"], None
     if args.rank is None:
@@ -2190,16 +2417,29 @@ def main(args):
         return int(most) - num_calls
 
     in_lockstep = calls_behind if accelerator.distributed_type == DistributedType.FSDP else None
-    base_images, picture = None, None
+    base_images, picture, base_rewards = None, None, None
+    if held_out is not None:
+        held_out = PairDataset(*held_out, len(alpha_bar), args)
 
     def validate():  # by all processes, as FSDP needs all of them for a forward pass
-        nonlocal base_images, picture
-        if base_images is None:
-            with reference_of(unet, ref_unet, accelerator.device, args) as reference:
-                base_images = draw_validation(accelerator, reference, models, args)
-        policy_images = draw_validation(accelerator, unet, models, args)
-        if accelerator.is_main_process:
-            picture = log_validation(accelerator, base_images, policy_images, global_step, args)
+        nonlocal base_images, picture, base_rewards
+        metrics = {}
+        if held_out is not None:
+            metrics = validate_pairs(held_out, accelerator, models, alpha_bar, autocast, in_lockstep, args)
+        if args.validation_prompts:
+            if base_images is None:
+                with reference_of(unet, ref_unet, accelerator.device, args) as reference:
+                    base_images = draw_validation(accelerator, reference, models, args)
+            policy_images = draw_validation(accelerator, unet, models, args)
+            if accelerator.is_main_process:
+                picture = log_validation(accelerator, base_images, policy_images, global_step, args)
+                if args.validation_reward_model is not None:
+                    if base_rewards is None:
+                        base_rewards = score_validation(base_images, reward, accelerator.device, args)
+                    rewards = score_validation(policy_images, reward, accelerator.device, args)
+                    metrics.update(compare_rewards(rewards, base_rewards, global_step, args))
+        accelerator.log(metrics, step=global_step)
+        logs.update(metrics)
 
     bar = tqdm(
         total=max_train_steps,
@@ -2209,6 +2449,7 @@ def main(args):
         disable=not accelerator.is_local_main_process,
     )
     logs, sums, problems, nonfinite_steps, nonfinite_in_a_row = {}, None, [], 0, 0
+    validating, validated_step = bool(args.validation_prompts or held_out is not None), None
     first_step, step_started = global_step, time.perf_counter()
     stop_signals = listen_for_stop()
     batches = iter(dataloader)
@@ -2283,12 +2524,13 @@ def main(args):
             )
             accelerator.end_training()
             sys.exit(EXIT_STOPPED)
-        if args.validation_prompts and global_step % args.validation_steps == 0:
+        if validating and global_step % args.validation_steps == 0:
             validate()
+            validated_step = global_step
         step_started = time.perf_counter()
 
     bar.close()
-    if args.validation_prompts and (base_images is None or global_step % args.validation_steps):
+    if validating and validated_step != global_step:
         validate()
     policy = plain_unet(accelerator, unet)
     if accelerator.is_main_process:

@@ -1,6 +1,7 @@
 """The benchmarks count what they say."""
 
 import benchmark_relabel
+import pytest
 import torch
 from benchmark_memory import LiveBytes, count, in_float32
 from random_models import make_unet
@@ -30,6 +31,7 @@ def test_norms_are_in_fp32_under_autocast_alone():
         assert norm(x, (4,)).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_memory_of_a_lora_step():
     """SD1.5 at 64 pixels: the parts have the sizes of their parameters, and the peak lies a little above their sum."""
     with torch.device("meta"):

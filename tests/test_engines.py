@@ -33,7 +33,7 @@ ENGINES = {
 }
 
 
-@pytest.fixture(params=list(ENGINES))
+@pytest.fixture(params=["FSDP", pytest.param("DeepSpeed", marks=pytest.mark.slow)])
 def engine(request, monkeypatch, tmp_path):
     """Runs a training script in two processes under an engine and returns what it logged."""
 

@@ -300,7 +300,7 @@ def test_statistics_in_closed_form():
         ("b", 0.5),
     ]
     text = as_markdown(results, duels)
-    assert "| tuned | 2.000 | 2.750 | 62.5% |" in text and "**r**, b (2 prompts)" in text
+    assert "| tuned | 2.000 | 2.750 | 62.5% |" in text and "**r**, b prompts (2)" in text
 
 
 def test_bootstrap_interval_is_the_normal_one_for_many_prompts():

@@ -27,7 +27,8 @@ def command_lines():
 @pytest.mark.parametrize("line", command_lines(), ids=lambda line: re.search(SCRIPTS, line).group(1))
 def test_command_lines_parse(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    for style in ("anime", "concept-art", "paintings", "photo"):
+        (tmp_path / f"{style}.json").write_text('["a red circle"]')
     if "--labels_path" in line:
         (tmp_path / "labels.parquet").touch()
     for name in ("smpo-sd15", "smpo-sdxl"):
@@ -37,7 +38,7 @@ def test_command_lines_parse(line, tmp_path, monkeypatch):
     name, *_ = re.search(SCRIPTS, line).groups()
     module = importlib.import_module(name)
     args = module.parse_args(shlex.split(line.split(f"{name}.py")[1], comments=True))
-    assert str(args.dataset_name or args.prompts_path) in (str(TINY / "pairs"), "prompts.txt")
+    assert args.dataset_name == str(TINY / "pairs") or len(args.prompts_path) == 4
 
 
 def test_every_script_is_shown():

@@ -49,7 +49,13 @@ def steps_in(folder):
 # Killed, at any moment
 
 
-@pytest.mark.parametrize("flags", [{}, {"rank": None, "optimizer": "adafactor"}], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param({}, id="lora", marks=pytest.mark.slow),
+        pytest.param({"rank": None, "optimizer": "adafactor"}, id="full"),
+    ],
+)
 def test_a_run_killed_many_times_ends_as_the_whole_one(num_kills, flags, server, tmp_path):
     """SIGKILL, half of the times while a checkpoint is being written. The newest complete checkpoint is always usable."""
     flags = {**FAST, **flags, "max_train_steps": 50, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
@@ -67,7 +73,7 @@ def test_a_run_killed_many_times_ends_as_the_whole_one(num_kills, flags, server,
         os.killpg(process, signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL, "the run had ended"
         killed += 1
-    assert during_a_save >= num_kills // 4
+    assert during_a_save >= num_kills // 5
     assert server.run(args) == 0
     name = LORA_FILE if flags["rank"] else "unet/diffusion_pytorch_model.safetensors"
     assert same_weights(tmp_path / "whole" / name, output_dir / name)

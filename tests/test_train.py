@@ -207,7 +207,7 @@ def test_forward_with_hard_labels_is_diffusion_dpo(tmp_path):
 
     args = parse_args(train_flags(tmp_path / "other", proportion_empty_prompts=0.0, **flags))
     pairs = load_data(args.dataset_name, None, "train", None)
-    rows, labels = select_pairs(pairs, args)
+    rows, labels = select_pairs(pairs, args.labels_path, args)
     keys = next(iter(PairSampler(len(rows), 4, 1, 0, args.seed, start=0)))
     batch = collate_pairs([PairDataset(pairs, rows, labels, 1000, args)[key] for key in keys])
     pipeline = StableDiffusionPipeline.from_pretrained(TINY / "sd15", torch_dtype=torch.float32)
@@ -479,7 +479,7 @@ def test_both_images_of_a_pair_are_cut_and_mirrored_alike(tmp_path):
             train_flags(tmp_path / "out", dataset_name=tmp_path / "pairs.parquet", label_column="label_0", **flags)
         )
         pairs = load_data(args.dataset_name, None, "train", None)
-        rows, labels = select_pairs(pairs, args)
+        rows, labels = select_pairs(pairs, args.labels_path, args)
         dataset = PairDataset(pairs, rows, labels, 1000, args)
         return [dataset[epoch, i] for epoch in range(3) for i in range(len(dataset))]
 

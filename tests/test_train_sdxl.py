@@ -240,7 +240,7 @@ def test_time_ids_are_each_image_s_own_size_and_crop(tmp_path, sdxl):
         )
     )  # fmt: skip
     pairs = train_smpo_sdxl.load_data(args.dataset_name, None, "train", None)
-    rows, labels = train_smpo_sdxl.select_pairs(pairs, args)
+    rows, labels = train_smpo_sdxl.select_pairs(pairs, args.labels_path, args)
     dataset = train_smpo_sdxl.PairDataset(pairs, rows, labels, 1000, args)
     examples = [dataset[epoch, i] for epoch in range(3) for i in range(len(dataset))]
     batch = train_smpo_sdxl.collate_pairs(examples)
@@ -437,7 +437,7 @@ def test_v_prediction_gives_the_loss_and_gradient_of_its_noise(script, noising, 
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
             parameter.add_(0.01 * parameter.std(correction=0) * noise)
     pairs = script.load_data(args.dataset_name, None, "train", None)
-    dataset = script.PairDataset(pairs, *script.select_pairs(pairs, args), len(alpha_bar), args)
+    dataset = script.PairDataset(pairs, *script.select_pairs(pairs, args.labels_path, args), len(alpha_bar), args)
     batch = script.collate_pairs([dataset[0, i] for i in range(4)])
     results = {}
     for kind in ("epsilon", "v_prediction"):
