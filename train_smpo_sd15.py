@@ -2163,6 +2163,7 @@ def save_model_card(args, metrics, picture):
         load += f'\npipeline.load_lora_weights("{ours}")'
     data = ModelCardData(
         base_model=None if Path(base).exists() else base,
+        datasets=[args.dataset_name] if re.fullmatch(r"[\w.-]+/[\w.-]+", args.dataset_name) else None,
         library_name="diffusers",
         license=MODEL_LICENSE,
         pipeline_tag="text-to-image",

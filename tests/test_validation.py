@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, TINY, names_in, read_logs, relabel, run_script, train, train_flags, train_sdxl, unet_weights
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_standalone import LAUNCH
 from transformers import CLIPModel, CLIPProcessor
@@ -33,6 +35,22 @@ def test_held_out_prompts_are_not_trained_on():
         assert share * len(rows) <= chosen.sum() < share * len(rows) + 20  # a prompt more at most
     assert not np.array_equal(hold_out(pairs, rows, 0.1, SimpleNamespace(caption_column="caption", seed=1)), chosen)
     assert [share_of(value) for value in (None, "test", "0.1")] == [None, None, 0.1]
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path):
+    """Nor counted among --max_train_samples."""
+    parts = {}
+    for share in (None, "0.2"):
+        for limit in (None, 50):
+            flags = {"label_column": "label_0", "validation_split": share, "max_train_samples": limit}
+            args = train_smpo_sd15.parse_args(train_flags(tmp_path, **flags))
+            parts[share, limit] = train_smpo_sd15.load_pairs(Accelerator(cpu=True), args)
+    (_, everything, _), nothing = parts[None, None]
+    for limit in (None, 50):
+        (_, rows, labels), (_, held_out, held_out_labels) = parts["0.2", limit]
+        assert nothing is None and len(rows) == len(labels) == (limit or len(everything) - len(held_out))
+        assert not set(rows) & set(held_out) and set(rows) | set(held_out) <= set(everything)
+        assert len(held_out_labels) == len(held_out) >= 0.2 * len(everything)
 
 
 def test_held_out_accuracy_rises(tmp_path, labels_path):
@@ -150,6 +168,19 @@ def test_a_full_model_in_half_precision(tmp_path):
         assert torch.equal(value.half(), half[name])
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "half", torch_dtype=torch.float32)
     assert pipeline("a red circle", num_inference_steps=1, height=64, width=64).images
+
+
+def test_the_card_says_what_the_hub_reads(tmp_path):
+    flags = {"dataset_name": "ada/pairs", "pretrained_model_name_or_path": "ada/model", "rank": 4}
+    args = train_smpo_sd15.parse_args(train_flags(tmp_path / "out", **flags))
+    (tmp_path / "out").mkdir()
+    train_smpo_sd15.save_model_card(args, {"loss": 0.69}, None)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.datasets == ["ada/pairs"] and card.data.base_model == "ada/model"
+    assert card.data.license == "creativeml-openrail-m" and card.data.pipeline_tag == "text-to-image"
+    assert (
+        {"smpo", "lora"} <= set(card.data.tags) and "| loss | 0.69 |" in card.text and "| `rank` | `4` |" in card.text
+    )
 
 
 @pytest.mark.parametrize(
