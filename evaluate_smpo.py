@@ -94,6 +94,13 @@ logger = get_logger(__name__)
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore was tuned from this CLIP
 AESTHETIC_CLIP = "openai/clip-vit-large-patch14"  # whose embeddings LAION's aesthetic head takes
+AESTHETIC_LAYERS = [
+    0,
+    2,
+    4,
+    6,
+    7,
+]  # of linearMSE, dropout between; other predictors have ReLUs there and other numbers
 IMAGE_REWARD = "ImageReward-v1.0"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 NUM_BOOTSTRAP_SAMPLES = 10_000
@@ -464,7 +471,7 @@ def read_prompts(path, args):
         else:
             text = path.read_text(encoding="utf-8")
             rows = json.loads(text) if path.suffix == ".json" else text.splitlines()
-        if not isinstance(rows, list) or len({type(row) for row in rows} | {str, dict}) > 2:
+        if not isinstance(rows, list) or {type(row) for row in rows} not in ({str}, {dict}, set()):
             raise ValueError("it holds no list of prompts or of rows")
     if not rows or not isinstance(rows[0], dict):
         if args.group_column is not None:
@@ -773,18 +780,17 @@ def load_aesthetic_head(path):
     Raises:
         ValueError: the file holds no such layers.
     """
-    with loading("aesthetic_head", path, "a file of weights named layers.N.weight and layers.N.bias"):
+    numbers = ", ".join(map(str, AESTHETIC_LAYERS))
+    with loading("aesthetic_head", path, f"weights and biases of layers.N, N of {numbers}: the linearMSE predictors"):
         try:
             weights = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
         except Exception as error:  # safetensors and pickle have errors of their own
             raise ValueError(f"it is no file of tensors ({type(error).__name__})") from error
-        numbers = sorted(
-            {int(match[1]) for name in weights if (match := re.fullmatch(r"layers\.(\d+)\.weight", name))}
-        )
-        if not numbers:
-            raise ValueError(f"it holds {', '.join(list(weights)[:5])}")
+        names = {f"layers.{number}.{part}" for number in AESTHETIC_LAYERS for part in ("weight", "bias")}
+        if set(weights) != names:
+            raise ValueError(f"it holds {', '.join(list(weights)[:12])}")
         layers = []
-        for number in numbers:
+        for number in AESTHETIC_LAYERS:
             weight, bias = (weights[f"layers.{number}.{part}"] for part in ("weight", "bias"))
             layer = torch.nn.Linear(*reversed(weight.shape))
             layer.load_state_dict({"weight": weight, "bias": bias})

@@ -537,11 +537,16 @@ def open_shards(args):
     def is_image(kind):
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)
 
-    fitting = {"caption_column": is_text, "image_0_column": is_image, "image_1_column": is_image}
-    for name, fits in fitting.items():
+    def is_number(kind):
+        return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+
+    images = (is_image, "encoded images")
+    fitting = {"caption_column": (is_text, "texts"), "image_0_column": images, "image_1_column": images}
+    if args.human_label_column in shards.column_names:
+        fitting["human_label_column"] = (is_number, "numbers")
+    for name, (fits, what) in fitting.items():
         kind = shards.schema.field(getattr(args, name)).type
         if not fits(kind):
-            what = "texts" if fits is is_text else "encoded images"
             raise ValueError(f"--{name} {getattr(args, name)} holds {kind}, not {what}: name the right one.")
     return shards
 
@@ -1313,7 +1318,7 @@ def upload(path, picture_path, metadata, args):
     hub = HfApi(token=args.hub_token)
     repo_id = hub.create_repo(args.hub_dataset_id or path.stem, repo_type="dataset", exist_ok=True).repo_id
     repo = {"repo_id": repo_id, "repo_type": "dataset"}
-    split = args.dataset_split_name
+    split = metadata["dataset_split_name"]
     data_files = [{"split": split, "path": f"data/{split}-*.parquet" if args.with_images else path.name}]
     card_data = DatasetCardData(
         tags=["smpo", "preference", "text-to-image"],

@@ -231,10 +231,12 @@ def test_prompts_in_every_format(tmp_path):
     assert load_prompts(parsed(**flags)) == (["a, b"], ["1"])
 
     (tmp_path / "bad.json").write_text('{"a": 1}')
+    (tmp_path / "mixed.json").write_text('["a", {"caption": "b"}]')
     (tmp_path / "half.json").write_text('["a", ')
     (tmp_path / "empty.txt").write_text("\n")
     for flags, message in [
         ({"prompts_path": tmp_path / "bad.json"}, "bad.json cannot be loaded: it holds no list of prompts"),
+        ({"prompts_path": tmp_path / "mixed.json"}, "mixed.json cannot be loaded: it holds no list of prompts"),
         ({"prompts_path": tmp_path / "half.json"}, "half.json cannot be loaded"),
         ({"prompts_path": tmp_path / "empty.txt"}, "empty.txt.* has no prompts"),
         (
@@ -271,6 +273,11 @@ def test_several_rewards_and_groups(damaged, tmp_path):
     assert len(groups) > 2 and "all" in groups
     counts = [read_results(tmp_path / "out", group=group)["base"]["num_prompts"] for group in groups - {"all"}]
     assert sum(counts) == 12
+
+    weights["layers.9.weight"] = weights.pop("layers.7.weight")  # with ReLUs, layers have other numbers
+    torch.save(weights, tmp_path / "relu.pth")
+    with pytest.raises(ValueError, match="relu.pth cannot be loaded: it holds .*layers.9.weight"):
+        evaluate_smpo.load_aesthetic_head(str(tmp_path / "relu.pth"))
 
     model = CLIPModel.from_pretrained(TINY / "pickscore").float()
     processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
@@ -329,7 +336,10 @@ def test_images_of_a_prompt_count_as_one_observation():
         ({"reward_model": ["a/x", "b/x"]}, "--reward_model b/x: 'x' cannot name it"),
         ({"reward_processor": ["a", "b"]}, "--reward_processor has 2 values for 1 reward models"),
         ({"aesthetic_head": "/no/head.pth"}, "--aesthetic_head /no/head.pth is not a file"),
-        ({"aesthetic_head": TINY / "demo.jpg"}, "(?s)--aesthetic_head .*demo.jpg cannot be loaded.*layers.N.weight"),
+        (
+            {"aesthetic_head": TINY / "demo.jpg"},
+            "(?s)--aesthetic_head .*demo.jpg cannot be loaded.*layers.N, N of 0, 2",
+        ),
         ({"aesthetic_clip": "x"}, "--aesthetic_clip does nothing without --aesthetic_head"),
         ({"image_reward": True}, "--image_reward needs its package: pip install image-reward"),
         ({"models": ["base=x"]}, "'base' cannot name it"),

@@ -173,6 +173,7 @@ def test_other_column_names_and_a_folder_of_images(labels_path, tmp_path):
         ({"dataset_split_name": "validation"}, "--dataset_split_name validation cannot be loaded"),
         ({"image_0_column": "caption"}, "--image_0_column caption holds string, not encoded images"),
         ({"caption_column": "label_0"}, "--caption_column label_0 holds double, not texts"),
+        ({"human_label_column": "caption"}, "--human_label_column caption holds string, not numbers"),
     ],
 )
 def test_bad_input_is_named(flags, message, tmp_path):
