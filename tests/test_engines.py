@@ -60,11 +60,15 @@ def test_an_engine_is_one_process_and_resumes(engine, tmp_path, labels_path):
         "validation_prompts": ["a large red circle"],
         "num_validation_images": 1,
         "validation_inference_steps": 2,
+        "validation_split": "0.1",
+        "max_validation_samples": 6,
+        "validation_steps": 2,
     }
     flags |= {"gradient_accumulation_steps": 2}
     sharded = engine("train_smpo_sd15", tmp_path / "sharded", train_batch_size=1, **flags)
     one = train(tmp_path / "one", train_batch_size=2, **flags)
-    for metric in ("loss", "grad_norm", "std_tau", "model_error_preferred", "lr", "epoch"):
+    assert len(sharded["validation/loss"]) == 2
+    for metric in ("loss", "grad_norm", "std_tau", "model_error_preferred", "lr", "epoch", "validation/loss"):
         np.testing.assert_allclose(sharded[metric], one[metric], rtol=5e-3, err_msg=metric)
     start = unet_weights(ROOT / "tests" / "tiny" / "sd15")
     whole, single = unet_weights(tmp_path / "sharded"), unet_weights(tmp_path / "one")
