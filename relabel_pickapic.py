@@ -499,9 +499,6 @@ class DatasetShards:
         self.files = [f"{name}-{start}" for start in starts]
         self.row_groups = [[min(ARROW_SHARD_ROWS, len(data) - start)] for start in starts]
 
-    def __len__(self):
-        return len(self.data)
-
     def read(self, shard, columns, first_row=0):
         data, first = self.data.select_columns(columns), shard * ARROW_SHARD_ROWS
         for start in range(first + first_row, first + self.row_groups[shard][0], READ_ROWS):
@@ -548,6 +545,9 @@ def open_shards(args):
         kind = shards.schema.field(getattr(args, name)).type
         if not fits(kind):
             raise ValueError(f"--{name} {getattr(args, name)} holds {kind}, not {what}: name the right one.")
+    own = [name for name in added_columns(args.reward_model) if name in shards.column_names]
+    if args.with_images is not None and own:
+        raise ValueError(f"--with_images adds the column {own[0]}, which the data set has already.")
     return shards
 
 
@@ -1148,6 +1148,12 @@ def score_columns(names):
     return {name: (f"score_0_{name}", f"score_1_{name}") for name in names}
 
 
+def added_columns(names):
+    """The columns of a labels file that a data set lacks, for reward models of these names."""
+    scores = itertools.chain.from_iterable(score_columns(names).values())
+    return [*scores, "soft_label_0", "valid", "invalid_reason"]
+
+
 def raw_labels(keys, scores, reasons, commits, args):
     """Table of keys and raw scores, everything of a labels file but the soft label, and its metadata.
 
@@ -1240,12 +1246,10 @@ def write_copy(shards, labels, folder, args):
     A file that is there already, with the same labels, is left as it is.
 
     Raises:
-        ValueError: the data set has a label column of its own, or the folder a file with other labels.
+        ValueError: the folder has a file with other labels.
     """
     state = PartialState()
-    added = labels.select([name for name in labels.column_names if name not in (*LABEL_KEYS, "label_0")])
-    if own := [name for name in added.column_names if name in shards.column_names]:
-        raise ValueError(f"--with_images adds the column {own[0]}, which the data set has already.")
+    added = labels.select(added_columns(args.reward_model))
     folder.mkdir(parents=True, exist_ok=True)
     starts = np.cumsum([0, *map(sum, shards.row_groups)])
     numbers = range(state.process_index, len(shards.files), state.num_processes)

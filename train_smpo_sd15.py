@@ -661,8 +661,7 @@ def validate_args(args):
     positive("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "learning_rate")
     positive("lr_num_cycles", "lr_power", "adam_epsilon", "max_grad_norm", "vae_encode_batch_size")
     positive("num_validation_images", "validation_steps", "validation_inference_steps", "shuffle_buffer_size")
-    positive("max_validation_samples")
-    positive("checkpointing_steps", "checkpoints_total_limit", "max_nonfinite_steps")
+    positive("max_validation_samples", "checkpointing_steps", "checkpoints_total_limit", "max_nonfinite_steps")
     if args.resolution % 8:
         problems.append(f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}.")
     if not 0 <= args.proportion_empty_prompts <= 1:
@@ -1164,9 +1163,10 @@ def load_pairs(accelerator, args):
         rows, labels = rows[~chosen], labels[~chosen]
     elif args.validation_split is not None:
         source = (args.dataset_name, args.dataset_config_name, args.validation_split, args.cache_dir)
-        with accelerator.main_process_first():
-            validation = load_data(*source)
-        held_out = validation, *select_pairs(validation, args.validation_labels_path or args.labels_path, args)
+        with loading("validation_split", args.validation_split, "a split of the data set with labels, or a share"):
+            with accelerator.main_process_first():
+                validation = load_data(*source)
+            held_out = validation, *select_pairs(validation, args.validation_labels_path or args.labels_path, args)
     if args.max_train_samples is not None:
         chosen = np.sort(np.random.default_rng(args.seed).permutation(len(rows))[: args.max_train_samples])
         rows, labels = rows[chosen], labels[chosen]
@@ -1327,13 +1327,8 @@ class PairStream(torch.utils.data.Sampler):
     """
 
     def __init__(self, dataset, batch_size, num_processes, process_index, seed, start, buffer_size):
-        self.pairs, self.rows, self.batch_size, self.seed, self.start = (
-            dataset.pairs,
-            dataset.rows,
-            batch_size,
-            seed,
-            start,
-        )
+        self.pairs, self.rows = dataset.pairs, dataset.rows
+        self.batch_size, self.seed, self.start = batch_size, seed, start
         self.process_index, self.buffer_size = process_index, buffer_size
         self.pairs_per_epoch = len(self.rows) // num_processes
         self.batches_per_epoch = self.pairs_per_epoch // batch_size
@@ -2148,7 +2143,9 @@ def compare_rewards(policy, base, step, args):
     if metrics["win_rate"] > best["win_rate"]:
         checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
         best = {**metrics, "step": step, "checkpoint": checkpoint.name if checkpoint.is_dir() else None}
-        (Path(args.output_dir) / BEST_FILE).write_text(json.dumps(best, indent=2))
+        partial = Path(args.output_dir) / f".{BEST_FILE}.tmp"
+        partial.write_text(json.dumps(best, indent=2))
+        partial.replace(partial.with_name(BEST_FILE))  # whole or not at all
     metrics["base_median_reward"] = float(np.median(base))
     logger.info(f"Step {step}: {metrics}; the best win rate so far is {best['win_rate']:.3f}, of step {best['step']}.")
     return {f"validation/{name}": value for name, value in metrics.items()}

@@ -428,6 +428,7 @@ def test_a_copy_with_images(labels_path, tmp_path):
         relabel(output_path=tmp_path / "labels-3.parquet", score_min=0, score_max=1, **flags)
     with pytest.raises(ValueError, match="--with_images adds the column score_0, which the data set has already"):
         relabel(dataset_name=copy, with_images=tmp_path / "more", output_path=tmp_path / "labels-4.parquet")
+    assert not (tmp_path / "labels-4.scores").exists()  # nothing was scored first
 
 
 def test_a_copy_of_a_data_set_in_arrow(tmp_path):
