@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from released_inversion import released_destination, released_inversion
 from world import caption, random_scenes, random_vividness, render
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -272,3 +273,14 @@ def test_fidelity_of_the_inversions(tiny):
 
     plain, corrected = distance(10, "ddim"), distance(5, "renoise", "every_move")
     assert corrected < 0.85 * plain < 0.5, (corrected, plain)
+
+
+@pytest.mark.parametrize("num_levels, mean_gap", [(10, 49), (5, 99)])
+def test_the_released_inversion_ends_beside_t(num_levels, mean_gap):
+    """Its latents are at the noise level of a grid point at or above t, which is t for a hundredth of the timesteps."""
+    alpha_bar, t = torch.linspace(0.999, 0.004, 1000, dtype=torch.float64), torch.arange(1000)
+    x_t = released_inversion(lambda x, *_: torch.zeros_like(x), torch.ones(1000, 1), t, alpha_bar, num_levels)
+    destination = released_destination(t, 1000, num_levels)
+    torch.testing.assert_close(x_t[:, 0].double(), (alpha_bar[destination] / alpha_bar[0]).sqrt(), rtol=1e-5, atol=0)
+    assert (destination == t).sum() == num_levels
+    assert (destination - t).abs().double().mean() == pytest.approx(mean_gap, abs=1)
