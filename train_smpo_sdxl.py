@@ -312,14 +312,11 @@ def invert(predict_noise, x_0, t, alpha_bar, num_inversion_steps, noising, renoi
 
 def num_inversion_calls(t, alpha_bar, num_inversion_steps, noising, renoise_at):
     """How often `invert` calls `predict_noise` for samples at `t` `[N]`; arguments and errors are those of `invert`."""
-    calls = []
-
-    def count(x, timesteps, rows):
-        calls.append(len(rows))
-        return x
-
-    invert(count, torch.zeros(len(t), 1), t, alpha_bar.cpu(), num_inversion_steps, noising, renoise_at)
-    return len(calls)
+    levels = inversion_timesteps(t, num_inversion_steps, len(alpha_bar))
+    num_moves = int((levels[:, 1:] > levels[:, :-1]).sum(dim=1).max())
+    if noising == "ddim":
+        return num_moves
+    return 2 * num_moves if renoise_at == "every_move" else num_moves + 1
 
 
 def implied_noise(x_0, x_t, alpha_bar_t):
