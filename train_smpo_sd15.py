@@ -1417,6 +1417,30 @@ def batches_of_steps(micro_batches, dataset, args):
         yield from inversion_batches(itertools.chain.from_iterable(step), dataset, args)
 
 
+def make_dataloader(accelerator, dataset, global_step, args):
+    """Endless batches of this process from an optimiser step on, and how many micro-batches it takes in an epoch."""
+    sampling = {
+        "batch_size": args.train_batch_size,
+        "num_processes": accelerator.num_processes,
+        "process_index": accelerator.process_index,
+        "seed": args.seed,
+        "start": global_step * args.gradient_accumulation_steps,
+    }
+    if args.streaming:
+        sampler = PairStream(dataset, buffer_size=args.shuffle_buffer_size, **sampling)
+    else:
+        sampler = PairSampler(len(dataset), **sampling)
+    dataloader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches_of_steps(sampler, dataset, args),
+        collate_fn=collate_pairs,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_stop,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return dataloader, sampler.batches_per_epoch
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Models, prompts, and the seam to the UNet
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2126,11 +2150,12 @@ def log_validation(accelerator, base_images, policy_images, step, args):
 
 
 @torch.no_grad()
-def validate_pairs(dataset, accelerator, models, alpha_bar, autocast, calls_behind, args):
+def validate_pairs(dataset, accelerator, step_context):
     """Means of `metrics_of` over held-out pairs, as `validation/METRIC`, the same pairs, timesteps and noise every time.
 
     The pairs are a multiple of what the processes take at a time, as they have to take the same number of steps.
     """
+    models, alpha_bar, autocast, args, _ = step_context
     size, num_processes = args.train_batch_size, accelerator.num_processes
     num_batches = min(len(dataset), args.max_validation_samples) // (size * num_processes)
     order = np.random.default_rng(args.seed).permutation(len(dataset))[: num_batches * size * num_processes]
@@ -2144,9 +2169,8 @@ def validate_pairs(dataset, accelerator, models, alpha_bar, autocast, calls_behi
     )
     values = []
     for batch in dataloader:
-        for micro_batch in prepare_micro_batches(batch, models, alpha_bar, autocast, args, calls_behind):
-            with torch.no_grad():
-                _, metrics = training_step(micro_batch, models["unet"], alpha_bar, autocast, args)
+        for micro_batch in prepare_micro_batches(batch, *step_context):
+            _, metrics = training_step(micro_batch, models["unet"], alpha_bar, autocast, args)
             values.append(torch.stack(list(metrics.values())))
     means = accelerator.reduce(torch.stack(values).mean(dim=0), "mean").tolist()
     kept = ("loss", "implicit_accuracy", "reward_margin", "std_tau")
@@ -2226,6 +2250,45 @@ def compare_rewards(policy, base, step, args):
     metrics["base_median_reward"] = float(np.median(base))
     logger.info(f"Step {step}: {metrics}; the best win rate so far is {best['win_rate']:.3f}, of step {best['step']}.")
     return {f"validation/{name}": value for name, value in metrics.items()}
+
+
+class Validation:
+    """What --validation_split and --validation_prompts ask for; the base model's part of it is done once.
+
+    Args:
+        accelerator: of the run.
+        held_out: `PairDataset` of the held-out pairs, or None.
+        reward: from `load_validation_reward`, or None.
+        step_context: what `prepare_micro_batches` takes besides a batch.
+    """
+
+    def __init__(self, accelerator, held_out, reward, step_context):
+        self.accelerator, self.held_out, self.reward, self.step_context = accelerator, held_out, reward, step_context
+        self.base_images = self.base_rewards = None
+        self.step = self.picture = None  # of the newest validation; the picture's file
+
+    def run(self, step):
+        """Logs and returns the metrics of an optimiser step. All processes call it, as FSDP needs them for a forward pass."""
+        accelerator, (models, *_, args, _), metrics = self.accelerator, self.step_context, {}
+        self.step = step
+        if self.held_out is not None:
+            metrics = validate_pairs(self.held_out, accelerator, self.step_context)
+        if args.validation_prompts:
+            unet, device = models["unet"], accelerator.device
+            if self.base_images is None:
+                with reference_of(unet, models["ref_unet"], device, args) as reference:
+                    self.base_images = draw_validation(accelerator, reference, models, args)
+            images = draw_validation(accelerator, unet, models, args)
+            if accelerator.is_main_process:
+                self.picture = log_validation(accelerator, self.base_images, images, step, args)
+                if self.reward is not None:
+                    if self.base_rewards is None:
+                        self.base_rewards = score_validation(self.base_images, self.reward, device, args)
+                    rewards = score_validation(images, self.reward, device, args)
+                    metrics.update(compare_rewards(rewards, self.base_rewards, step, args))
+        if metrics:
+            accelerator.log(metrics, step=step)
+        return metrics
 
 
 def save_model_card(args, metrics, picture):
@@ -2378,23 +2441,9 @@ def start_accelerator(args):
     return accelerator
 
 
-def main(args):
-    accelerator = start_accelerator(args)
-
-    # Configurations and data before weights: a wrong model or column is found in seconds.
-    check_models(args)
-    alpha_bar = load_noise_schedule(args).to(accelerator.device)
-    (pairs, rows, soft_labels_0), held_out = load_pairs(accelerator, args)
-    pairs_per_micro_step = args.train_batch_size * accelerator.num_processes
-    pairs_per_step = pairs_per_micro_step * args.gradient_accumulation_steps
-    record = record_of_run(accelerator, rows, soft_labels_0, args)
-    if args.resume_from_checkpoint is not None:
-        require_same_run(record, args)
-
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    if args.validation_reward_model is not None:
-        reward = load_validation_reward(weight_dtype, args)
-    models = load_models(args, accelerator.device, weight_dtype)
+def set_up_unets(accelerator, models, weight_dtype, args):
+    """Makes the UNet of `models` the policy, in the memory layout and with the options of the run; returns the reference, None
+    for a LoRA."""
     unet, ref_unet = models["unet"], None
     if args.rank is None:
         deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -2411,6 +2460,27 @@ def main(args):
         torch._dynamo.config.cache_size_limit = 64  # widths, with and without gradient, policy and reference: over 8
         for network in filter(None, (unet, ref_unet)):
             network.compile_repeated_blocks()
+    return ref_unet
+
+
+def main(args):
+    accelerator = start_accelerator(args)
+
+    # Configurations and data before weights: a wrong model or column is found in seconds.
+    check_models(args)
+    alpha_bar = load_noise_schedule(args).to(accelerator.device)
+    (pairs, rows, soft_labels_0), held_out = load_pairs(accelerator, args)
+    pairs_per_micro_step = args.train_batch_size * accelerator.num_processes
+    pairs_per_step = pairs_per_micro_step * args.gradient_accumulation_steps
+    record = record_of_run(accelerator, rows, soft_labels_0, args)
+    if args.resume_from_checkpoint is not None:
+        require_same_run(record, args)
+
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    reward = load_validation_reward(weight_dtype, args) if args.validation_reward_model is not None else None
+    models = load_models(args, accelerator.device, weight_dtype)
+    unet = models["unet"]
+    models["ref_unet"] = set_up_unets(accelerator, models, weight_dtype, args)
 
     learning_rate = args.learning_rate * (pairs_per_step if args.scale_lr else 1)
     optimizer = make_optimizer([p for p in unet.parameters() if p.requires_grad], learning_rate, args)
@@ -2428,7 +2498,7 @@ def main(args):
     num_parameters = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
     parameters = [p for p in unet.parameters() if p.requires_grad]  # only now: FSDP replaces them
-    models.update(unet=unet, ref_unet=ref_unet)
+    models["unet"] = unet
 
     register_checkpoint_hooks(accelerator, args)
     global_step = 0
@@ -2437,25 +2507,7 @@ def main(args):
         accelerator.step = 0  # checkpoints lie on optimiser steps, whatever the accumulation was or is
         global_step = step_of(args.resume_from_checkpoint)
     dataset = PairDataset(pairs, rows, soft_labels_0, len(alpha_bar), args)
-    sampling = {
-        "batch_size": args.train_batch_size,
-        "num_processes": accelerator.num_processes,
-        "process_index": accelerator.process_index,
-        "seed": args.seed,
-        "start": global_step * args.gradient_accumulation_steps,
-    }
-    if args.streaming:
-        sampler = PairStream(dataset, buffer_size=args.shuffle_buffer_size, **sampling)
-    else:
-        sampler = PairSampler(len(rows), **sampling)
-    dataloader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches_of_steps(sampler, dataset, args),
-        collate_fn=collate_pairs,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=ignore_stop,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    dataloader, batches_per_epoch = make_dataloader(accelerator, dataset, global_step, args)
     if accelerator.is_main_process:
         start_output(record, args)
         flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in record["args"].items()}
@@ -2474,29 +2526,10 @@ def main(args):
         return int(most) - num_calls
 
     in_lockstep = calls_behind if accelerator.distributed_type == DistributedType.FSDP else None
-    base_images, picture, base_rewards = None, None, None
+    step_context = (models, alpha_bar, autocast, args, in_lockstep)
     if held_out is not None:
         held_out = PairDataset(*held_out, len(alpha_bar), args)
-
-    def validate():  # by all processes, as FSDP needs all of them for a forward pass
-        nonlocal base_images, picture, base_rewards
-        metrics = {}
-        if held_out is not None:
-            metrics = validate_pairs(held_out, accelerator, models, alpha_bar, autocast, in_lockstep, args)
-        if args.validation_prompts:
-            if base_images is None:
-                with reference_of(unet, ref_unet, accelerator.device, args) as reference:
-                    base_images = draw_validation(accelerator, reference, models, args)
-            policy_images = draw_validation(accelerator, unet, models, args)
-            if accelerator.is_main_process:
-                picture = log_validation(accelerator, base_images, policy_images, global_step, args)
-                if args.validation_reward_model is not None:
-                    if base_rewards is None:
-                        base_rewards = score_validation(base_images, reward, accelerator.device, args)
-                    rewards = score_validation(policy_images, reward, accelerator.device, args)
-                    metrics.update(compare_rewards(rewards, base_rewards, global_step, args))
-        accelerator.log(metrics, step=global_step)
-        logs.update(metrics)
+    validation = Validation(accelerator, held_out, reward, step_context)
 
     bar = tqdm(
         total=max_train_steps,
@@ -2506,7 +2539,6 @@ def main(args):
         disable=not accelerator.is_local_main_process,
     )
     logs, sums, problems, nonfinite_steps, nonfinite_in_a_row = {}, None, [], 0, 0
-    validating, validated_step = bool(args.validation_prompts or held_out is not None), None
     first_step, step_started = global_step, time.perf_counter()
     stop_signals = listen_for_stop()
     batches = iter(dataloader)
@@ -2517,7 +2549,7 @@ def main(args):
         for problem in batch["problems"][: max(0, MIN_BAD_PAIRS - len(problems))]:
             logger.warning(f"A pair cannot be read, the next one takes its place: {problem}", main_process_only=False)
         problems += batch["problems"]
-        for micro_batch in prepare_micro_batches(batch, models, alpha_bar, autocast, args, in_lockstep):
+        for micro_batch in prepare_micro_batches(batch, *step_context):
             with accelerator.accumulate(unet):
                 loss, metrics = training_step(micro_batch, unet, alpha_bar, autocast, args)
                 accelerator.backward(loss)
@@ -2534,9 +2566,7 @@ def main(args):
                     *means, num_problems, stopping = means
                     logs = dict(zip(metrics, means))
                     finite = math.isfinite(logs["loss"]) and math.isfinite(grad_norm)
-                    if (
-                        finite or accelerator.scaler is not None
-                    ):  # fp16: the scaler skips the step and lowers its scale
+                    if finite or accelerator.scaler is not None:  # fp16's scaler skips the step itself
                         optimizer.step()
                     optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -2556,7 +2586,7 @@ def main(args):
         now = time.perf_counter()
         logs["lr"], logs["grad_norm"] = lr, grad_norm
         logs["pairs_per_second"] = pairs_per_step / (now - step_started)
-        logs["epoch"] = global_step * args.gradient_accumulation_steps / sampler.batches_per_epoch
+        logs["epoch"] = global_step * args.gradient_accumulation_steps / batches_per_epoch
         logs["skipped_pairs"] = round(num_problems * accelerator.num_processes)
         logs["nonfinite_steps"] = nonfinite_steps
         if accelerator.device.type == "cuda":
@@ -2584,17 +2614,16 @@ def main(args):
             )
             accelerator.end_training()
             sys.exit(EXIT_STOPPED)
-        if validating and global_step % args.validation_steps == 0:
-            validate()
-            validated_step = global_step
+        if global_step % args.validation_steps == 0:
+            logs.update(validation.run(global_step))
         step_started = time.perf_counter()
 
     bar.close()
-    if validating and validated_step != global_step:
-        validate()
+    if validation.step != global_step:
+        logs.update(validation.run(global_step))
     policy = plain_unet(accelerator, unet)
     if accelerator.is_main_process:
-        save_final(policy, logs, picture, args)
+        save_final(policy, logs, validation.picture, args)
     accelerator.end_training()
 
 
