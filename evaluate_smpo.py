@@ -118,7 +118,11 @@ ALL = "all"  # the group of all prompts
 
 
 def wins(scores, base_scores):
-    """1 where a score is higher than the base's, 0 where it is lower, 0.5 at a tie; arrays of any one shape."""
+    """1 where a score is higher than the base's, 0 where it is lower, 0.5 at a tie; arrays of any one shape.
+
+    >>> wins(np.array([3.0, 1.0, 2.0]), np.array([2.0, 2.0, 2.0]))
+    array([1. , 0. , 0.5])
+    """
     return (scores > base_scores) + 0.5 * (scores == base_scores)
 
 
@@ -127,6 +131,10 @@ def bootstrap_interval(values, seed):
 
     A percentile bootstrap with `NUM_BOOTSTRAP_SAMPLES` draws; the images of a prompt stay together, as they are not
     independent.
+
+    >>> won = np.repeat([[1.0, 1.0], [0.0, 0.0]], 50, axis=0)  # every image of 50 of 100 prompts
+    >>> bootstrap_interval(won, seed=0)
+    (0.4, 0.6)
     """
     prompt_means = np.asarray(values, dtype=np.float64).mean(axis=1)
     rng, count = np.random.default_rng(seed), len(prompt_means)
@@ -150,6 +158,13 @@ def summarise(scores, groups, seed):
         Dicts with `reward`, `group`, `model`, `median`, `mean` and `num_prompts`, and dicts with `reward`, `group`, `model`,
         `opponent`, `win_rate`, `win_rate_low`, `win_rate_high` and `tie_rate`. Groups are `ALL` and, if there are several,
         each.
+
+    >>> base, tuned = np.array([[20.0], [21.0], [22.0]]), np.array([[21.0], [23.0], [22.0]])
+    >>> results, duels = summarise({"pick": {"base": base, "tuned": tuned}}, [None] * 3, seed=0)
+    >>> find(results, model="tuned")["median"]
+    22.0
+    >>> print("{:.3f} {:.3f}".format(*(find(duels, model="tuned")[key] for key in ("win_rate", "tie_rate"))))
+    0.833 0.333
     """
     chosen = {ALL: np.ones(len(groups), dtype=bool)}
     for group in dict.fromkeys(group for group in groups if group is not None):
@@ -175,18 +190,36 @@ def summarise(scores, groups, seed):
 
 
 def find(rows, **values):
-    """The row, of `summarise`, that has these values."""
+    """The row, of `summarise`, that has these values.
+
+    >>> find([{"model": "base", "mean": 1.0}, {"model": "tuned", "mean": 2.0}], model="tuned")
+    {'model': 'tuned', 'mean': 2.0}
+    """
     (row,) = [row for row in rows if values.items() <= row.items()]
     return row
 
 
 def in_percent(duel):
-    """Win rate and interval of a row of `summarise`, as texts."""
+    """Win rate and interval of a row of `summarise`, as texts.
+
+    >>> in_percent({"win_rate": 0.695, "win_rate_low": 0.633, "win_rate_high": 0.754})
+    ('69.5%', '63.3% to 75.4%')
+    """
     return f"{duel['win_rate']:.1%}", f"{duel['win_rate_low']:.1%} to {duel['win_rate_high']:.1%}"
 
 
 def as_markdown(results, duels):
-    """What `summarise` returns as Markdown: a table for each reward and group, and all against all where models are many."""
+    """What `summarise` returns as Markdown: a table for each reward and group, and all against all where models are many.
+
+    >>> scores = {"pick": {"base": np.array([[20.0], [21.0]]), "tuned": np.array([[21.0], [23.0]])}}
+    >>> print(as_markdown(*summarise(scores, [None] * 2, seed=0)))
+    **pick**, all prompts (2)
+    <BLANKLINE>
+    | model | median score | mean score | win rate over base | 95 % interval | ties |
+    |---|---|---|---|---|---|
+    | base | 20.500 | 20.500 |  |  |  |
+    | tuned | 22.000 | 22.000 | 100.0% | 100.0% to 100.0% | 0.0% |
+    """
     lines = []
     models = list(dict.fromkeys(row["model"] for row in results))
     base = models[0]
