@@ -263,6 +263,8 @@ def test_links_and_paths(name):
             assert (ROOT / target).exists(), target
     for path in re.findall(r"`((?:tests|\.ci|\.github)/[\w./-]*)", text):
         assert (ROOT / path).exists(), path
+    for line in "".join(blocks(r"\w+", text)).splitlines():
+        assert len(line) <= 104, line  # what fits without scrolling
     assert text.count("<details>") == text.count("</details>") == text.count("<summary>")
 
 
