@@ -87,7 +87,7 @@ import textwrap
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -163,6 +163,8 @@ READ_ROWS = 16  # rows read from a file at a time
 READ_BUFFER = 8 * 2**20  # bytes fetched of one column at a time
 NUM_READERS = 16  # threads that read what is small of many files
 SHUFFLE_BUFFER_SIZE = 1000  # pairs, some 350 MB in Pick-a-Pic, of which two buffers are held
+MAX_WORKERS = 8
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 PROCESS_TIMEOUT = timedelta(hours=6)  # how long processes wait for the first one to prepare a data set
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal with a checkpoint saved, to be started again
 RECORD_FILE = "training_args.json"
@@ -171,12 +173,12 @@ NUM_PICTURED_PROMPTS = 8  # of the validation prompts
 # A run that is resumed may change these and is still the same run; what the data hold is compared by itself.
 FREE_FLAGS = [
     "dataset_name", "dataset_config_name", "labels_path", "cache_dir", "dataloader_num_workers", "vae_encode_batch_size",
-    "offload", "gradient_checkpointing", "logging_dir", "report_to", "tracker_project_name", "validation_prompts",
-    "num_validation_images", "validation_steps", "validation_guidance_scale", "validation_inference_steps",
-    "validation_labels_path", "max_validation_samples", "validation_reward_model", "save_precision", "output_dir",
-    "overwrite_output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "resume_despite_changes", "max_nonfinite_steps", "max_bad_fraction", "output_kohya_format", "push_to_hub", "hub_token",
-    "hub_model_id",
+    "inversion_batch_size", "offload", "compile", "gradient_checkpointing", "logging_dir", "report_to",
+    "tracker_project_name", "validation_prompts", "num_validation_images", "validation_steps",
+    "validation_guidance_scale", "validation_inference_steps", "validation_labels_path", "max_validation_samples",
+    "validation_reward_model", "save_precision", "output_dir", "overwrite_output_dir", "checkpointing_steps",
+    "checkpoints_total_limit", "resume_from_checkpoint", "resume_despite_changes", "max_nonfinite_steps",
+    "max_bad_fraction", "output_kohya_format", "push_to_hub", "hub_token", "hub_model_id",
 ]  # fmt: skip
 MIN_BAD_PAIRS = 10  # fewer say nothing about the share of unreadable pairs
 # A Diffusion-DPO pair weighs 1, an SmPO pair gamma |2 p_0 - 1|. The logged shares of the weight are split at these.
@@ -305,7 +307,7 @@ def invert(predict_noise, x_0, t, alpha_bar, num_inversion_steps, noising, renoi
     t = t.cpu()
     levels = inversion_timesteps(t, num_inversion_steps, len(alpha_bar))
     alpha_bar = torch.cat([alpha_bar.new_ones(1), alpha_bar]).to(x_0.device)  # entry l + 1 belongs to timestep l
-    x = x_0.clone()
+    x, x_last, last = x_0.clone(), x_0.clone(), torch.full_like(t, -1)  # where each sample's last move starts
 
     def predict(x_rows, timesteps, rows):
         return predict_noise(x_rows, timesteps.clamp(min=0).to(x.device), rows.to(x.device))
@@ -318,12 +320,12 @@ def invert(predict_noise, x_0, t, alpha_bar, num_inversion_steps, noising, renoi
         alpha_bar_s, alpha_bar_d = alpha_bar[s + 1], alpha_bar[d + 1]
         x_s = x[rows]
         x_d = ddim_move(x_s, predict(x_s, s, rows), alpha_bar_s, alpha_bar_d)
-        if noising == "renoise":
-            again = (d == t[rows]).nonzero()[:, 0] if renoise_at == "last_move" else torch.arange(len(rows))
-            if len(again):
-                eps = predict(x_d[again], d[again], rows[again])
-                x_d[again] = ddim_move(x_s[again], eps, alpha_bar_s[again], alpha_bar_d[again])
-        x[rows] = x_d
+        if noising == "renoise" and renoise_at == "every_move":
+            x_d = ddim_move(x_s, predict(x_d, d, rows), alpha_bar_s, alpha_bar_d)
+        x[rows], x_last[rows], last[rows] = x_d, x_s, s
+    if noising == "renoise" and renoise_at == "last_move":  # of all samples in one call, however many moves each made
+        eps = predict(x, t, torch.arange(len(t)))
+        x = ddim_move(x_last, eps, alpha_bar[last + 1], alpha_bar[t + 1])
     return x
 
 
@@ -481,7 +483,11 @@ def parse_args(input_args=None):
     group.add_argument(
         "--proportion_empty_prompts", type=float, default=0.2, help="Share of the prompts that are emptied."
     )
-    group.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that decode images.")
+    group.add_argument(
+        "--dataloader_num_workers",
+        type=int,
+        help=f"Processes that decode images. Default: with a GPU as many as there are cores, {MAX_WORKERS} at most, or else 0.",
+    )
     group.add_argument(
         "--max_bad_fraction",
         type=float,
@@ -534,7 +540,7 @@ def parse_args(input_args=None):
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--seed", type=int, default=0, help="Seed of data order, crops, timesteps and noise.")
-    group.add_argument("--train_batch_size", type=int, default=1, help="Pairs per process and micro-batch.")
+    group.add_argument("--train_batch_size", type=int, default=4, help="Pairs per process and micro-batch.")
     group.add_argument(
         "--gradient_accumulation_steps",
         type=int,
@@ -589,6 +595,13 @@ def parse_args(input_args=None):
         choices=["no", "fp16", "bf16"],
         help="Default: what accelerate is configured to. Trained weights stay in fp32.",
     )
+    group.add_argument(
+        "--inversion_batch_size",
+        type=int,
+        default=16,
+        help="Pairs that are encoded, inverted and judged by the reference at a time, which takes no gradient and therefore"
+        " little memory: micro-batches of one optimiser step together. The result is the same; larger is faster.",
+    )
     group.add_argument("--gradient_checkpointing", action="store_true", help="Less memory for a third more compute.")
     group.add_argument("--vae_encode_batch_size", type=int, default=8, help="Images that the VAE encodes at a time.")
     group.add_argument(
@@ -597,6 +610,11 @@ def parse_args(input_args=None):
         help="Keep VAE, text encoders and the reference on the CPU while they are not in use: less memory, slower.",
     )
     group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs.")
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="Compile the UNets' transformer blocks: faster steps after some minutes, for runs of many steps.",
+    )
 
     group = parser.add_argument_group("logging and validation")
     group.add_argument("--logging_dir", default="logs", help="Folder of the logs inside --output_dir.")
@@ -698,7 +716,9 @@ def validate_args(args):
 
     positive("rank", "lora_alpha", "max_train_samples", "resolution", "num_inversion_steps", "beta_dpo", "gamma")
     positive("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "learning_rate")
-    positive("lr_num_cycles", "lr_power", "adam_epsilon", "max_grad_norm", "vae_encode_batch_size")
+    positive(
+        "lr_num_cycles", "lr_power", "adam_epsilon", "max_grad_norm", "vae_encode_batch_size", "inversion_batch_size"
+    )
     positive("num_validation_images", "validation_steps", "validation_inference_steps", "shuffle_buffer_size")
     positive("max_validation_samples", "checkpointing_steps", "checkpoints_total_limit", "max_nonfinite_steps")
     if args.resolution % 8:
@@ -708,7 +728,7 @@ def validate_args(args):
     if not 0 <= args.max_bad_fraction <= 1:
         problems.append(f"--max_bad_fraction must be in [0, 1], got {args.max_bad_fraction}.")
     for name in ("lr_warmup_steps", "dataloader_num_workers", "seed", "adam_weight_decay"):
-        if getattr(args, name) < 0:
+        if (getattr(args, name) or 0) < 0:
             problems.append(f"--{name} must not be negative, got {getattr(args, name)}.")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
@@ -1259,27 +1279,36 @@ class PairDataset(torch.utils.data.Dataset):
             f"None of the {len(self)} pairs of {self.args.dataset_name} can be read, the last {problems[-1]}."
         )
 
+    def draw(self, epoch, index):
+        """Everything random about a pair in an epoch; all of it is drawn in any case, so that no flag changes the rest."""
+        rng = np.random.default_rng([self.args.seed, epoch, int(self.rows[index])])
+        return {
+            "mirror": rng.random() < 0.5,
+            "empty": rng.random() < self.args.proportion_empty_prompts,
+            "crop": rng.random(2),
+            "timestep": int(rng.integers(self.num_train_timesteps)),
+            "seeds": rng.integers(2**63, size=3).tolist(),  # posterior of image 0, of image 1, forward noise
+        }
+
     def prepare(self, pair, epoch, index):
-        args, row = self.args, int(self.rows[index])
+        args = self.args
         caption = pair[args.caption_column]
         if not isinstance(caption, str):
             raise ValueError(f"{args.caption_column} is {type(caption).__name__}, not a text")
         images = [decode_image(pair[column]) for column in (args.image_0_column, args.image_1_column)]
-        rng = np.random.default_rng([args.seed, epoch, row])
-        mirror, empty = rng.random() < 0.5, rng.random() < args.proportion_empty_prompts
-        crop = rng.random(2)  # drawn in any case, so that no flag changes the timestep and the noise
-        crop = crop if args.random_crop else (0.5, 0.5)
-        mirror = mirror and not args.no_hflip
+        drawn = self.draw(epoch, index)
+        crop = drawn["crop"] if args.random_crop else (0.5, 0.5)
+        mirror = drawn["mirror"] and not args.no_hflip
         cuts = [cut_square(image, args.resolution, crop, mirror, args.image_interpolation_mode) for image in images]
         return {
             "pixel_values": [pixels for pixels, _ in cuts],
             "image_cond": [
                 image_conditions(image.size, top_left, args.resolution) for image, (_, top_left) in zip(images, cuts)
             ],
-            "caption": "" if empty else caption,
+            "caption": "" if drawn["empty"] else caption,
             "soft_label_0": float(self.soft_labels_0[index]),
-            "timestep": int(rng.integers(self.num_train_timesteps)),
-            "seeds": rng.integers(2**63, size=3).tolist(),  # posterior of image 0, of image 1, forward noise
+            "timestep": drawn["timestep"],
+            "seeds": drawn["seeds"],
         }
 
 
@@ -1413,6 +1442,23 @@ class PairStream(torch.utils.data.Sampler):
                     row += len(batch)
                     if row > rows[-1]:
                         break
+
+
+def inversion_batches(keys, dataset, args):
+    """Keys of a `PairDataset` in batches to be inverted together: whole micro-batches, `--inversion_batch_size` pairs if
+    these are so small. They are sorted by timestep, so that the pairs of a batch make about as many moves and few calls of the
+    UNet are small ones."""
+    size = args.train_batch_size * max(1, args.inversion_batch_size // args.train_batch_size)
+    keys = sorted(keys, key=lambda key: dataset.draw(*key[:2])["timestep"])
+    return [keys[first : first + size] for first in range(0, len(keys), size)]
+
+
+def batches_of_steps(micro_batches, dataset, args):
+    """The `inversion_batches` of one optimiser step after the other, of endless micro-batches of keys."""
+    micro_batches = iter(micro_batches)
+    while True:
+        step = itertools.islice(micro_batches, args.gradient_accumulation_steps)
+        yield from inversion_batches(itertools.chain.from_iterable(step), dataset, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1628,7 +1674,7 @@ def encode_images(pixel_values, vae, batch_size, seeds):
     Returns:
         fp32 `[N, 4, H / 8, W / 8]`.
     """
-    pixel_values = pixel_values.to(vae.device, vae.dtype)
+    pixel_values = pixel_values.to(vae.device, non_blocking=True).to(vae.dtype)
     posteriors = [vae.encode(images).latent_dist for images in pixel_values.split(batch_size)]
     mean = torch.cat([posterior.mean for posterior in posteriors]).float()
     std = torch.cat([posterior.std for posterior in posteriors]).float()
@@ -1636,11 +1682,21 @@ def encode_images(pixel_values, vae, batch_size, seeds):
     return (mean + std * noise) * vae.config.scaling_factor
 
 
-def training_step(batch, models, alpha_bar, autocast, args, calls_behind=None):
-    """Loss of one micro-batch of B pairs, by the paper's algorithm.
+def predict_eps(unet, x_t, t, cond, alpha_bar, autocast, args):
+    """Noise fp32 `[N, C, h, w]` that a UNet sees in `x_t` `[N, C, h, w]` at `t` `[N]`, in the context `autocast()`."""
+    with autocast():
+        model_pred = predict_noise(unet, x_t, t, cond).float()
+    return noise_from_prediction(model_pred, x_t, alpha_bar[t], args.prediction_type)
+
+
+@torch.no_grad()
+def prepare_micro_batches(batch, models, alpha_bar, autocast, args, calls_behind=None):
+    """The part of the paper's algorithm that has no gradient: x_t of each image, tau, and the reference's errors.
+
+    Within an optimiser step the policy does not change, so that this part is done for many micro-batches together.
 
     Args:
-        batch: from `collate_pairs`.
+        batch: P pairs, from `collate_pairs`.
         models: from `load_models`, and `ref_unet` (None in LoRA training).
         alpha_bar: fp32 `[T]`, on the device of the models.
         autocast: `autocast()` is the context that every UNet runs in, policy and reference alike, so that rounding is the
@@ -1650,14 +1706,14 @@ def training_step(batch, models, alpha_bar, autocast, args, calls_behind=None):
             has moves of its own to make, says by how many calls this one is behind the one that makes most.
 
     Returns:
-        The loss, and the metrics of the batch as a dict of detached scalars.
+        A list of dicts for `training_step`, of `--train_batch_size` pairs each.
     """
     unet, device = models["unet"], alpha_bar.device
     seeds_0, seeds_1, noise_seeds = zip(*batch["seeds"])
     with offload_models(models["vae"], device=device, offload=args.offload):
         x_0 = encode_images(
             batch["pixel_values"], models["vae"], args.vae_encode_batch_size, seeds_0 + seeds_1
-        )  # [2B, C, h, w]
+        )  # [2P, C, h, w]
     with offload_models(*(models[part] for part in TEXT_ENCODERS), device=device, offload=args.offload):
         prompt_cond = encode_prompts(batch["captions"], models)
     cond = {key: value.repeat(2, *[1] * (value.ndim - 1)) for key, value in prompt_cond.items()}
@@ -1665,18 +1721,13 @@ def training_step(batch, models, alpha_bar, autocast, args, calls_behind=None):
     t = batch["timesteps"].repeat(2)  # on the CPU, so that the inversion can be laid out without waiting for the GPU
     t_device = t.to(device)
 
-    def eps(model, x, t, cond):
-        with autocast():  # one context a call: a weight cast without gradient must not serve a call with gradient
-            model_pred = predict_noise(model, x, t, cond).float()
-        return noise_from_prediction(model_pred, x, alpha_bar[t], args.prediction_type)
-
     def policy_eps(x, t, rows):
         rows_cond = {key: value[rows] for key, value in cond.items()}
-        eps_cond = eps(unet, x, t, rows_cond)
+        eps_cond = predict_eps(unet, x, t, rows_cond, alpha_bar, autocast, args)
         if args.inversion_guidance_scale == 1:
             return eps_cond
         uncond = {key: value.expand(len(x), *value.shape[1:]) for key, value in models["uncond"].items()}
-        eps_uncond = eps(unet, x, t, {**rows_cond, **uncond})
+        eps_uncond = predict_eps(unet, x, t, {**rows_cond, **uncond}, alpha_bar, autocast, args)
         return eps_uncond + args.inversion_guidance_scale * (eps_cond - eps_uncond)
 
     if args.noising == "forward":
@@ -1685,16 +1736,44 @@ def training_step(batch, models, alpha_bar, autocast, args, calls_behind=None):
     else:
         inversion = (args.num_inversion_steps, args.noising, args.renoise_at)
         extra_calls = 0 if calls_behind is None else calls_behind(num_inversion_calls(t, alpha_bar, *inversion))
-        x_t = invert(policy_eps, x_0, t, alpha_bar, *inversion)
-        with torch.no_grad():
-            for _ in range(extra_calls):
-                policy_eps(x_0[:1], t_device[:1], torch.zeros_like(t_device[:1]))
+        # Autocast rounds each weight once within its outermost context. Under FSDP that would gather all of them.
+        with autocast() if calls_behind is None else nullcontext():
+            x_t = invert(policy_eps, x_0, t, alpha_bar, *inversion)
+        for _ in range(extra_calls):
+            policy_eps(x_0[:1], t_device[:1], torch.zeros_like(t_device[:1]))
     tau = implied_noise(x_0, x_t, alpha_bar[t_device])
+    with reference_of(unet, models["ref_unet"], device, args) as reference:
+        ref_eps = predict_eps(reference, x_t, t_device, cond, alpha_bar, autocast, args)
+    of_images = {"x_t": x_t, "timesteps": t_device, "tau": tau, "ref_errors": squared_errors(ref_eps, tau)}
 
-    with torch.no_grad(), reference_of(unet, models["ref_unet"], device, args) as reference:
-        ref_errors = (eps(reference, x_t, t_device, cond) - tau).pow(2).mean(dim=(1, 2, 3))  # [2B]
-    model_errors = (eps(unet, x_t, t_device, cond) - tau).pow(2).mean(dim=(1, 2, 3))
-    soft_label_0 = batch["soft_label_0"].to(device)
+    soft_label_0, micro_batches = batch["soft_label_0"].to(device), []
+    for pairs in torch.arange(len(soft_label_0), device=device).split(args.train_batch_size):
+        images = torch.cat([pairs, pairs + len(soft_label_0)])
+        micro_batch = {key: value[images] for key, value in of_images.items()}
+        micro_batch["cond"] = {key: value[images] for key, value in cond.items()}
+        micro_batches.append({**micro_batch, "soft_label_0": soft_label_0[pairs]})
+    return micro_batches
+
+
+def squared_errors(eps, tau):
+    """Mean squared error of each predicted noise, `[N]`."""
+    return (eps - tau).pow(2).mean(dim=(1, 2, 3))
+
+
+def training_step(micro_batch, unet, alpha_bar, autocast, args):
+    """The part of the paper's algorithm that has a gradient: the policy's errors, and the loss.
+
+    Args:
+        micro_batch: B pairs, from `prepare_micro_batches`.
+        unet: the policy.
+        alpha_bar, autocast, args: as for `prepare_micro_batches`.
+
+    Returns:
+        The loss, and the metrics of the micro-batch as a dict of detached scalars.
+    """
+    x_t, t, cond, tau = (micro_batch[key] for key in ("x_t", "timesteps", "cond", "tau"))
+    model_errors = squared_errors(predict_eps(unet, x_t, t, cond, alpha_bar, autocast, args), tau)  # [2B]
+    ref_errors, soft_label_0 = micro_batch["ref_errors"], micro_batch["soft_label_0"]
     loss, logits = smpo_loss(model_errors, ref_errors, soft_label_0, args.beta_dpo, args.gamma)
     return loss, metrics_of(loss, logits, model_errors, ref_errors, soft_label_0, tau, args)
 
@@ -1759,6 +1838,7 @@ def make_optimizer(parameters, learning_rate, args):
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
+        **({} if args.use_8bit_adam else {"fused": True}),  # one pass over the weights
     )
 
 
@@ -2101,15 +2181,17 @@ def validate_pairs(dataset, accelerator, models, alpha_bar, autocast, calls_behi
     mine = order.reshape(num_batches, num_processes, size)[:, accelerator.process_index]
     dataloader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=[[(0, int(index)) for index in batch] for batch in mine],
+        batch_sampler=inversion_batches([(0, int(index)) for index in mine.flatten()], dataset, args),
         collate_fn=collate_pairs,
         num_workers=args.dataloader_num_workers,
         worker_init_fn=ignore_stop,
     )
     values = []
     for batch in dataloader:
-        _, metrics = training_step(batch, models, alpha_bar, autocast, args, calls_behind)
-        values.append(torch.stack(list(metrics.values())))
+        for micro_batch in prepare_micro_batches(batch, models, alpha_bar, autocast, args, calls_behind):
+            with torch.no_grad():
+                _, metrics = training_step(micro_batch, models["unet"], alpha_bar, autocast, args)
+            values.append(torch.stack(list(metrics.values())))
     means = accelerator.reduce(torch.stack(values).mean(dim=0), "mean").tolist()
     kept = ("loss", "implicit_accuracy", "reward_margin", "std_tau")
     return {f"validation/{name}": mean for name, mean in zip(metrics, means) if name in kept}
@@ -2281,10 +2363,12 @@ def check_engine(accelerator, args):
             f" {accelerator.gradient_accumulation_steps}: make them equal, or take it out of the configuration."
         )
     engine = accelerator.distributed_type
-    if engine not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if engine not in SHARDING:
         return
     if args.rank is not None:
         raise ValueError(f"--rank: a LoRA is too small to be worth sharding: train it without {engine.value}.")
+    if args.compile:
+        raise ValueError(f"--compile: compiled blocks do not go together with {engine.value}: leave it out.")
     if args.optimizer == "adafactor" or args.use_8bit_adam:
         flag = "--optimizer adafactor" if args.optimizer == "adafactor" else "--use_8bit_adam"
         raise ValueError(f"{flag} cannot work on the shards of {engine.value}: use --optimizer adamw alone.")
@@ -2333,6 +2417,11 @@ def start_accelerator(args):
         datasets.utils.logging.disable_progress_bar()
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    if args.dataloader_num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        on_gpu = accelerator.device.type != "cpu"
+        args.dataloader_num_workers = min(MAX_WORKERS, max(1, cores // local_processes)) if on_gpu else 0
     torch.manual_seed(args.seed)  # the LoRA's first weights; all else is seeded pair by pair
     return accelerator
 
@@ -2363,6 +2452,13 @@ def main(args):
     unet.train()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if weight_dtype != torch.float32 and accelerator.distributed_type not in SHARDING:
+        for network in filter(None, (unet, ref_unet, models["vae"])):
+            network.to(memory_format=torch.channels_last)  # in which convolutions in half precision are fastest
+    if args.compile:
+        torch._dynamo.config.cache_size_limit = 64  # widths, with and without gradient, policy and reference: over 8
+        for network in filter(None, (unet, ref_unet)):
+            network.compile_repeated_blocks()
 
     learning_rate = args.learning_rate * (pairs_per_step if args.scale_lr else 1)
     optimizer = make_optimizer([p for p in unet.parameters() if p.requires_grad], learning_rate, args)
@@ -2402,7 +2498,7 @@ def main(args):
         sampler = PairSampler(len(rows), **sampling)
     dataloader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=batches_of_steps(sampler, dataset, args),
         collate_fn=collate_pairs,
         num_workers=args.dataloader_num_workers,
         worker_init_fn=ignore_stop,
@@ -2469,25 +2565,28 @@ def main(args):
         for problem in batch["problems"][: max(0, MIN_BAD_PAIRS - len(problems))]:
             logger.warning(f"A pair cannot be read, the next one takes its place: {problem}", main_process_only=False)
         problems += batch["problems"]
-        with accelerator.accumulate(unet):
-            loss, metrics = training_step(batch, models, alpha_bar, autocast, args, in_lockstep)
-            accelerator.backward(loss)
-            values = torch.stack(list(metrics.values()))
-            sums = values if sums is None else sums + values
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
-                # Whatever the processes have to agree on, in one exchange a step.
-                counts = torch.tensor([len(problems), bool(stop_signals)], device=sums.device)
-                means = accelerator.reduce(
-                    torch.cat([sums / args.gradient_accumulation_steps, counts]), "mean"
-                ).tolist()
-                *means, num_problems, stopping = means
-                logs = dict(zip(metrics, means))
-                finite = math.isfinite(logs["loss"]) and math.isfinite(grad_norm)
-                if finite or accelerator.scaler is not None:  # fp16: the scaler skips the step and lowers its scale
-                    optimizer.step()
-                optimizer.zero_grad()
+        for micro_batch in prepare_micro_batches(batch, models, alpha_bar, autocast, args, in_lockstep):
+            with accelerator.accumulate(unet):
+                loss, metrics = training_step(micro_batch, unet, alpha_bar, autocast, args)
+                accelerator.backward(loss)
+                values = torch.stack(list(metrics.values()))
+                sums = values if sums is None else sums + values
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+                    # Whatever the processes have to agree on, in one exchange a step.
+                    counts = torch.tensor([len(problems), bool(stop_signals)], device=sums.device)
+                    means = accelerator.reduce(
+                        torch.cat([sums / args.gradient_accumulation_steps, counts]), "mean"
+                    ).tolist()
+                    *means, num_problems, stopping = means
+                    logs = dict(zip(metrics, means))
+                    finite = math.isfinite(logs["loss"]) and math.isfinite(grad_norm)
+                    if (
+                        finite or accelerator.scaler is not None
+                    ):  # fp16: the scaler skips the step and lowers its scale
+                        optimizer.step()
+                    optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
 

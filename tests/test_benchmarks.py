@@ -1,6 +1,10 @@
 """The benchmarks count what they say."""
 
+import csv
+import sys
+
 import benchmark_relabel
+import benchmark_training
 import pytest
 import torch
 from benchmark_memory import LiveBytes, count, in_float32
@@ -50,3 +54,31 @@ def test_the_slow_loop_gives_the_scores_of_the_fast_one(capsys):
     """So that their speeds can be compared."""
     assert benchmark_relabel.main(["speed", "--num_pairs", "32", "--size", "64", "--batch_size", "16"]) < 1e-5
     assert "| relabel_pickapic.py |" in capsys.readouterr().out
+
+
+def test_training_speed_is_told_with_what_was_computed(tmp_path, monkeypatch, capsys):
+    """Every pair at the timesteps that the script draws: UNet passes and phases of each way to train, counted by hand."""
+    command = ["--cases", "tiny-full", "--batch_sizes", "2", "--num_pairs", "4", "--output_dir", tmp_path]
+    command += ["--variants", "Diffusion-DPO"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_training.py", *map(str, command)])
+    benchmark_training.main()
+    with open(tmp_path / "training.csv") as file:
+        released, script, forward = csv.DictReader(file)
+    run = benchmark_training.Run("tiny-full", torch.device("cpu"), torch.float32)
+    args = run.parse(2, [])
+    timesteps = next(run.batches(args, 4))["timesteps"]
+    moves = (9 * (timesteps + 1) + 999) // 1000
+    assert float(script["UNet forwards a pair"]) == pytest.approx(float(2 * (moves + 1 + 1 + 3).float().mean()))
+    assert (
+        float(script["UNet calls a pair"]) * 4 == int(moves.max()) + 1 + 1 + 2
+    )  # inversion, reference, micro-batches
+    assert float(forward["UNet forwards a pair"]) == 2 * (1 + 3)
+    assert float(released["UNet forwards a pair"]) >= 2 * (2 + 1 + 3)
+    for row in (released, script, forward):
+        shares = [float(row[phase]) for phase in benchmark_training.PHASES]
+        assert 0.9 < sum(shares) <= 1.0001 and all(share > 0 for share in shares[:3] + shares[4 + (row is released) :])
+        assert (float(row["inversion"]) > 0.05) == (row is not forward)
+    ratio = float(script["pairs/s"]) * float(script["UNet forwards a pair"])
+    ratio /= float(released["pairs/s"]) * float(released["UNet forwards a pair"])
+    assert float(script["ratio"]) == pytest.approx(ratio) and ratio > 1
+    assert "| tiny-full | script | 2 |" in capsys.readouterr().out

@@ -49,6 +49,7 @@ DIFFERENT_TRAINING_FLAGS = {
     ("beta_dpo", "default"): "published: 2000 and 5000",
     ("optimizer", "default"): "published: AdamW and Adafactor",
     ("vae_encode_batch_size", "default"): "an image of 1024 pixels is four of 512, and in fp32",
+    ("inversion_batch_size", "default"): "a UNet call of SDXL at 1024 pixels takes four times the memory",
 }
 DIFFERENT_FLAGS = {
     ("seed", "help"): "seeds a training run in one and images in the other",
@@ -56,7 +57,6 @@ DIFFERENT_FLAGS = {
     ("output_dir", "help"): "the scripts write different things",
     ("batch_size", "help"): "images to score in one, images to draw in the other",
     ("batch_size", "default"): "drawing an image takes more memory than scoring it",
-    ("dataloader_num_workers", "default"): "scoring waits for images, training does not",
     ("dataloader_num_workers", "help"): "scoring waits for images, training does not",
     ("streaming", "help"): "scoring reads files in order, training has to shuffle them",
     ("push_to_hub", "help"): "labels in one, a model in the other",

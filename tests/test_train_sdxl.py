@@ -424,7 +424,7 @@ def test_v_prediction_gives_the_loss_and_gradient_of_its_noise(script, noising, 
     PartialState()
     args = script.parse_args(
         train_flags(
-            tmp_path, labels_path=labels_path, noising=noising,
+            tmp_path, labels_path=labels_path, noising=noising, train_batch_size=4,
             pretrained_model_name_or_path=sdxl if script is train_smpo_sdxl else TINY / "sd15",
         )
     )  # fmt: skip
@@ -445,7 +445,8 @@ def test_v_prediction_gives_the_loss_and_gradient_of_its_noise(script, noising, 
         unets = {"unet": models["unet"], "ref_unet": ref_unet}
         if kind == "v_prediction":
             unets = {name: AsVelocity(unet, alpha_bar) for name, unet in unets.items()}
-        loss, metrics = script.training_step(batch, {**models, **unets}, alpha_bar, nullcontext, args)
+        (micro_batch,) = script.prepare_micro_batches(batch, {**models, **unets}, alpha_bar, nullcontext, args)
+        loss, metrics = script.training_step(micro_batch, unets["unet"], alpha_bar, nullcontext, args)
         models["unet"].zero_grad()
         loss.backward()
         gradient = torch.cat([parameter.grad.flatten() for parameter in models["unet"].parameters()])

@@ -135,6 +135,7 @@ def count(kind, resolution, flags):
     """Peak bytes of an optimiser step of two micro-batches of one pair in bf16, and the bytes of its parts."""
     script = importlib.import_module(f"train_smpo_{kind}")
     command = ["--pretrained_model_name_or_path", "none", "--dataset_name", "none", "--output_dir", "none"]
+    command += ["--train_batch_size", "1"]
     command += ["--num_inversion_steps", "2"]  # one more UNet call without gradient takes time and no memory
     args = script.parse_args([*command, "--resolution", str(resolution), *flags])
     args.prediction_type = "epsilon"
@@ -185,8 +186,9 @@ def count(kind, resolution, flags):
             mock.patch.object(functional, "layer_norm", in_float32(functional.layer_norm)),
         ):
             for _ in range(2):
-                for _ in range(2):
-                    loss, _ = script.training_step(script.collate_pairs([example]), models, alpha_bar, autocast, args)
+                batch = script.collate_pairs([example] * max(args.train_batch_size, args.inversion_batch_size))
+                for micro_batch in script.prepare_micro_batches(batch, models, alpha_bar, autocast, args)[:2]:
+                    loss, _ = script.training_step(micro_batch, unet, alpha_bar, autocast, args)
                     loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
@@ -212,6 +214,7 @@ def measure(kind, resolution, flags, work_dir, further_flags):
         sys.executable, "-c", RUN, str(ROOT), f"train_smpo_{kind}", "--pretrained_model_name_or_path", pipeline,
         "--dataset_name", TINY / "pairs", "--label_column", "label_0", "--gamma", "1", "--output_dir", output_dir,
         "--resolution", resolution if cuda else 64, "--max_train_steps", 2, "--mixed_precision", "bf16",
+        "--train_batch_size", 1, "--gradient_accumulation_steps", 16,  # as many pairs as are inverted at a time
         "--report_to", "none", *flags, *further_flags,
     ]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)

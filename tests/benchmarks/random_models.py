@@ -12,9 +12,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Stable Diffusion 1.5 and XL in their published configurations with random weights, and SDXL in miniature.
+"""Stable Diffusion 1.5 and XL in their published configurations with random weights, and both in miniature.
 
-The miniature has SDXL's blocks and layers, so its parameters have the same names; only the widths are small.
+The miniature of SDXL has its blocks and layers, so its parameters have the same names; only the widths are small. "tiny-sd15" is
+the trained model of tests/tiny, "small-sd15" SD1.5 at a quarter of its width between that model's VAE and text encoder.
 """
 
 from pathlib import Path
@@ -44,6 +45,8 @@ SDXL_BLOCKS = {
 }
 UNETS = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768},  # the rest are the defaults of the class
+    "small-sd15": {"sample_size": 16, "cross_attention_dim": 64, "block_out_channels": (80, 160, 320, 320),
+                   "norm_num_groups": 16},
     "sdxl": {
         **SDXL_BLOCKS, "sample_size": 128, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
         "cross_attention_dim": 2048, "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
@@ -75,7 +78,9 @@ TINY_TOKENS = {"vocab_size": 597, "bos_token_id": 595, "eos_token_id": 596, "pad
 
 
 def make_unet(kind):
-    """The UNet of `kind`: "sd15", "sdxl" or "tiny-sdxl"; the miniature's norms are not 1 and 0, so that rounding shows."""
+    """The UNet of `kind`; the norms of SDXL's miniature are not 1 and 0, so that rounding shows."""
+    if kind == "tiny-sd15":
+        return UNet2DConditionModel.from_pretrained(TINY / "sd15", subfolder="unet", torch_dtype=torch.float32)
     unet = UNet2DConditionModel(**UNETS[kind])
     if kind == "tiny-sdxl":
         for module in unet.modules():
@@ -86,8 +91,8 @@ def make_unet(kind):
 
 
 def make_vae(kind):
-    """The VAE of `kind`; the miniature's is the trained one of the tiny SD1.5."""
-    if kind == "tiny-sdxl":
+    """The VAE of `kind`; the miniatures' is the trained one of the tiny SD1.5."""
+    if kind not in ("sd15", "sdxl"):
         return AutoencoderKL.from_pretrained(TINY / "sd15" / "vae", torch_dtype=torch.float32)
     return AutoencoderKL(
         sample_size={"sd15": 512, "sdxl": 1024}[kind], latent_channels=4, block_out_channels=(128, 256, 512, 512),
@@ -98,6 +103,8 @@ def make_vae(kind):
 
 def make_text_encoders(kind):
     """The text encoders of `kind`, a list of one or two; SD1.5's and SDXL's know the tiny tokenizer's words all the same."""
+    if kind in ("tiny-sd15", "small-sd15"):
+        return [CLIPTextModel.from_pretrained(TINY / "sd15", subfolder="text_encoder", torch_dtype=torch.float32)]
     tokens = TINY_TOKENS if kind == "tiny-sdxl" else {}
     configs = [CLIPTextConfig(**{"projection_dim": 768, **config, **tokens}) for config in TEXT_ENCODERS[kind]]
     classes = [CLIPTextModel, CLIPTextModelWithProjection]
