@@ -32,7 +32,7 @@
     accelerate launch train_smpo_sd15.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --dataset_name PICKAPIC_V2 --labels_path labels.parquet --output_dir smpo-sd15 \
-        --mixed_precision fp16 --gradient_accumulation_steps 128 \
+        --mixed_precision fp16 --train_batch_size 1 --gradient_accumulation_steps 128 \
         --learning_rate 1e-8 --scale_lr --lr_warmup_steps 100 --max_train_steps 200
 
 on 8 GPUs is the published recipe: 1024 pairs a step, 200 steps. `labels.parquet` comes from relabel_pickapic.py.

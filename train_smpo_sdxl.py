@@ -33,7 +33,7 @@
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
         --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix \
         --dataset_name PICKAPIC_V2 --labels_path labels.parquet --output_dir smpo-sdxl \
-        --mixed_precision fp16 --gradient_checkpointing --gradient_accumulation_steps 128 \
+        --mixed_precision fp16 --gradient_checkpointing --train_batch_size 1 --gradient_accumulation_steps 128 \
         --learning_rate 1e-8 --scale_lr --lr_warmup_steps 100 --max_train_steps 200
 
 on 8 GPUs is the published recipe: 1024 pairs a step, 200 steps. `labels.parquet` comes from relabel_pickapic.py.

@@ -221,7 +221,7 @@ def test_flags():
     known = {"--help", "--repo-type", "--local-dir"}  # of `hf download`
     for parser in (
         *map(script_parser, SCRIPTS), launch_command_parser(), parser_of(benchmark_flops.main),
-        parser_of(importlib.import_module("benchmark_relabel").main),
+        *(parser_of(importlib.import_module(f"benchmark_{name}").main) for name in ("relabel", "training")),
     ):  # fmt: skip
         known.update(parser._option_string_actions)
     text = re.sub(r"^#SBATCH.*$", "", PROSE, flags=re.M) + (ROOT / "CONTRIBUTING.md").read_text()
