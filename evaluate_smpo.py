@@ -94,13 +94,8 @@ logger = get_logger(__name__)
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore was tuned from this CLIP
 AESTHETIC_CLIP = "openai/clip-vit-large-patch14"  # whose embeddings LAION's aesthetic head takes
-AESTHETIC_LAYERS = [
-    0,
-    2,
-    4,
-    6,
-    7,
-]  # of linearMSE, dropout between; other predictors have ReLUs there and other numbers
+# The numbers of the linear layers in the linearMSE predictors, dropout between; others have ReLUs there and other numbers.
+AESTHETIC_LAYERS = [0, 2, 4, 6, 7]
 IMAGE_REWARD = "ImageReward-v1.0"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 NUM_BOOTSTRAP_SAMPLES = 10_000
@@ -358,7 +353,9 @@ def named_sources(values, flag, taken, problems):
 
 
 def validate_args(args):
-    """Checks the flags, and turns --models and --reward_model into `{name: path}`.
+    """Checks the flags, and fills in what depends on others.
+
+    --models, with the checkpoints of --run_dir, and --reward_model become `{name: path}`; `args.steps` is `{checkpoint: step}`.
 
     Raises:
         ValueError: with every problem that the flags alone show, one a line, before anything is loaded.
@@ -525,7 +522,7 @@ def load_prompts(args):
     Raises:
         ValueError: there is none, or they cannot be read.
     """
-    pairs = []
+    found = []
     if args.prompts_path is None:
         data = load_data(args.dataset_name, args.dataset_config_name, args.dataset_split_name, args.cache_dir)
         columns = {"caption_column": args.caption_column}
@@ -534,23 +531,23 @@ def load_prompts(args):
         require_columns(data.column_names, columns)
         rows = data.select_columns([*dict.fromkeys(columns.values())])[:]
         groups = rows.get(args.group_column, [None] * len(data))
-        pairs = [
+        found = [
             (prompt, group if group is None else str(group))
             for prompt, group in zip(rows[args.caption_column], groups)
         ]
     for path in args.prompts_path or []:
-        found = read_prompts(path, args)
+        of_file = read_prompts(path, args)
         if len(args.prompts_path) > 1 and args.group_column is None:
-            found = [(prompt, Path(path).stem) for prompt, _ in found]
-        pairs += found
-    prompts = {}
-    for prompt, group in pairs:
+            of_file = [(prompt, Path(path).stem) for prompt, _ in of_file]
+        found += of_file
+    group_of = {}
+    for prompt, group in found:
         if prompt:
-            prompts.setdefault(prompt, group)
-    if not prompts:
+            group_of.setdefault(prompt, group)
+    if not group_of:
         raise ValueError(f"{args.prompts_path or args.dataset_name} has no prompts.")
-    prompts = list(prompts.items())[: args.max_prompts]
-    return [prompt for prompt, _ in prompts], [group for _, group in prompts]
+    prompts = list(group_of)[: args.max_prompts]
+    return prompts, [group_of[prompt] for prompt in prompts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

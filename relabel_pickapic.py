@@ -1098,6 +1098,9 @@ def gather_pieces(prefix, pieces, shards, num_rows, folder, args):
 def score_data_set(shards, folder, args):
     """Scores all images of a data set of P pairs under K rewards.
 
+    An image is known by its place, 2 row + side. A place has the score of the first place with the same uid and caption,
+    and is scored by itself if other bytes stand there.
+
     Returns:
         Table of the keys and human labels; scores, float32 `[P, 2, K]`, NaN where there is none; why there is none, text or
         None `[P]`; the reward models' commits on the Hub, `{name: commit or None}`.
