@@ -44,7 +44,7 @@ test-slow: install  ## the same, with every run killed twenty times, and the slo
 quality: install
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/codespell $(PROSE) $(SOURCES)
+	$(BIN)/codespell --check-hidden $(PROSE) $(SOURCES)
 
 style: install
 	$(BIN)/ruff check --fix $(SOURCES)

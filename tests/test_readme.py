@@ -218,7 +218,7 @@ def test_flags():
     assert with_tables(README) == README, "run `make fix-copies`"
     listed = [script for scripts, _ in re.findall(BLOCK, README, re.S) for script in scripts.split(", ")]
     assert sorted(listed) == sorted(SCRIPTS)
-    known = {"--help", "--repo-type", "--local-dir"}  # of `hf download`
+    known = {"--help", "--repo-type", "--local-dir", "--logdir"}  # of `hf download` and tensorboard, too
     for parser in (
         *map(script_parser, SCRIPTS), launch_command_parser(), parser_of(benchmark_flops.main),
         *(parser_of(importlib.import_module(f"benchmark_{name}").main) for name in ("relabel", "training")),
