@@ -281,7 +281,7 @@ def invert(predict_noise, x_0, t, alpha_bar, num_inversion_steps, noising, renoi
 
     Args:
         predict_noise: `predict_noise(x, t, rows)`, the noise `[R, ...]` in latents `x` `[R, ...]` at timesteps `t` `[R]`,
-            for the batch rows `rows` `[R]` that are still moving. Clean latents are passed with timestep 0.
+            for the batch rows `rows` `[R]` that are still moving, in any order. Clean latents are passed with timestep 0.
         x_0: clean latents, `[N, ...]`, float32 or float64.
         t: timestep of each sample, int64 `[N]`; on the CPU it costs no synchronisation.
         alpha_bar: cumulative alphas, `[T]`.
@@ -305,29 +305,27 @@ def invert(predict_noise, x_0, t, alpha_bar, num_inversion_steps, noising, renoi
         raise ValueError(f'noising must be "ddim" or "renoise" to invert, got {noising!r}.')
     if renoise_at not in ("last_move", "every_move"):
         raise ValueError(f'renoise_at must be "last_move" or "every_move", got {renoise_at!r}.')
-    t = t.cpu()
-    levels = inversion_timesteps(t, num_inversion_steps, len(alpha_bar))
+    levels = inversion_timesteps(t.cpu(), num_inversion_steps, len(alpha_bar))
+    num_moves = (levels[:, 1:] > levels[:, :-1]).sum(dim=1)
+    # Those that make the most moves come first: who still moves is a slice, and nothing waits for the GPU between moves.
+    order = num_moves.argsort(descending=True, stable=True)
+    moving = [int((num_moves > move).sum()) for move in range(int(num_moves.max()))]
+    levels, rows = levels[order].T.to(x_0.device), order.to(x_0.device)
     alpha_bar = torch.cat([alpha_bar.new_ones(1), alpha_bar]).to(x_0.device)  # entry l + 1 belongs to timestep l
-    x, x_last, last = x_0.clone(), x_0.clone(), torch.full_like(t, -1)  # where each sample's last move starts
+    x = x_0[rows]
+    x_last, last = x.clone(), levels[0].clone()  # where the last move of each starts
 
-    def predict(x_rows, timesteps, rows):
-        return predict_noise(x_rows, timesteps.clamp(min=0).to(x.device), rows.to(x.device))
-
-    for source, destination in zip(levels.T[:-1], levels.T[1:]):
-        rows = (source < destination).nonzero()[:, 0]
-        if not len(rows):
-            break
-        s, d = source[rows], destination[rows]
+    for count, source, destination in zip(moving, levels[:-1], levels[1:]):
+        s, d, x_s = source[:count], destination[:count], x[:count].clone()
         alpha_bar_s, alpha_bar_d = alpha_bar[s + 1], alpha_bar[d + 1]
-        x_s = x[rows]
-        x_d = ddim_move(x_s, predict(x_s, s, rows), alpha_bar_s, alpha_bar_d)
+        x_d = ddim_move(x_s, predict_noise(x_s, s.clamp(min=0), rows[:count]), alpha_bar_s, alpha_bar_d)
         if noising == "renoise" and renoise_at == "every_move":
-            x_d = ddim_move(x_s, predict(x_d, d, rows), alpha_bar_s, alpha_bar_d)
-        x[rows], x_last[rows], last[rows] = x_d, x_s, s
+            x_d = ddim_move(x_s, predict_noise(x_d, d, rows[:count]), alpha_bar_s, alpha_bar_d)
+        x[:count], x_last[:count], last[:count] = x_d, x_s, s
     if noising == "renoise" and renoise_at == "last_move":  # of all samples in one call, however many moves each made
-        eps = predict(x, t, torch.arange(len(t)))
-        x = ddim_move(x_last, eps, alpha_bar[last + 1], alpha_bar[t + 1])
-    return x
+        d = levels[-1]
+        x = ddim_move(x_last, predict_noise(x, d, rows), alpha_bar[last + 1], alpha_bar[d + 1])
+    return torch.empty_like(x).index_copy_(0, rows, x)
 
 
 def num_inversion_calls(t, alpha_bar, num_inversion_steps, noising, renoise_at):
@@ -337,14 +335,11 @@ def num_inversion_calls(t, alpha_bar, num_inversion_steps, noising, renoise_at):
     >>> num_inversion_calls(torch.tensor([999]), alpha_bar, 9, "renoise", "last_move")  # 9 moves, the last one twice
     10
     """
-    calls = []
-
-    def count(x, timesteps, rows):
-        calls.append(len(rows))
-        return x
-
-    invert(count, torch.zeros(len(t), 1), t, alpha_bar.cpu(), num_inversion_steps, noising, renoise_at)
-    return len(calls)
+    levels = inversion_timesteps(t, num_inversion_steps, len(alpha_bar))
+    num_moves = int((levels[:, 1:] > levels[:, :-1]).sum(dim=1).max())
+    if noising == "ddim":
+        return num_moves
+    return 2 * num_moves if renoise_at == "every_move" else num_moves + 1
 
 
 def implied_noise(x_0, x_t, alpha_bar_t):

@@ -133,7 +133,7 @@ def test_invert_predicts_only_for_moving_rows_without_gradient():
 
     alpha_bar = torch.tensor(ALPHA_BAR)
     x_t = invert(predict_noise, random(2, 4, 8, 8), torch.tensor([99, 999]), alpha_bar, 3, "renoise", "last_move")
-    assert calls == [([0, 1], [0, 0]), ([1], [332]), ([1], [665]), ([0, 1], [99, 999])]
+    assert calls == [([1, 0], [0, 0]), ([1], [332]), ([1], [665]), ([1, 0], [999, 99])]
     assert not x_t.requires_grad
 
 

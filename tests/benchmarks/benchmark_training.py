@@ -22,7 +22,7 @@ pass and optimiser, and writes a table to FOLDER/training.md, and to training.cs
 same work done otherwise:
 
 * the authors' recipe: one pair at a time on a fixed grid of levels cut at t, two UNet calls a level, weights in fp32 that each call
-  rounds again, fp16 on a GPU, nothing compiled, a number read back after every pair (see `released_inversion.py`);
+  rounds again, nothing compiled, a number read back after every pair (see `released_inversion.py`);
 * the script with one of its ideas taken away, to see what each is worth;
 * Diffusion-DPO, which inverts nothing.
 
@@ -39,9 +39,7 @@ import importlib
 import logging
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -77,13 +75,17 @@ CASES = {
     "tiny-lora": ("tiny-sd15", 64, 5, LORA),
     "small-full": ("small-sd15", 128, 5, FULL),  # SD1.5 with a quarter of its width
 }
-# One idea less than the script, or one more, at the largest micro-batch that fits.
+# One idea less than the script, or one more: the micro-batch, the smallest of the list or the largest that fits, and what differs.
 VARIANTS = {
-    "inverted micro-batch by micro-batch": ["--inversion_batch_size", "1"],
-    "no channels_last": [],
-    "compiled blocks": ["--compile"],
-    "Diffusion-DPO": ["--noising", "forward"],
+    "inverted micro-batch by micro-batch": ("smallest", {"flags": ["--inversion_batch_size", "1"]}),
+    "weights rounded at every call": ("smallest", {"round_once": False}),
+    "no channels_last": ("largest", {"channels_last": False}),
+    "AdamW parameter by parameter": ("largest", {"fused": False}),
+    "compiled blocks": ("largest", {"flags": ["--compile"]}),
+    "Diffusion-DPO": ("largest", {"flags": ["--noising", "forward"]}),
 }
+HALF_PRECISION_ALONE = ["weights rounded at every call", "no channels_last"]
+REPEATS = {"cuda": 1, "cpu": 3}  # the median is taken, as CPUs have other things to do
 
 
 @dataclass
@@ -176,6 +178,9 @@ class Run:
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
         ).alphas_cumprod.to(device)
 
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
     def rounded(self, unet):
         """As `load_reference` rounds it."""
         for module in unet.modules():
@@ -211,15 +216,14 @@ class Run:
     def released_step(self, batch):
         """Loss of one pair by the authors' recipe."""
         script, models, alpha_bar, args = self.script, self.models, self.alpha_bar, self.args
-        half = torch.float16 if self.device.type == "cuda" else self.dtype
-        autocast = partial(torch.autocast, self.device.type, half, enabled=half != torch.float32)
         x_0 = script.encode_images(batch["pixel_values"], models["vae"], 2, [0, 1])
-        cond = {key: value.repeat(2, *[1] * (value.ndim - 1)) for key, value in self.encode(batch).items()}
+        prompt_cond = script.encode_prompts(batch["captions"], models)
+        cond = {key: value.repeat(2, *[1] * (value.ndim - 1)) for key, value in prompt_cond.items()}
         cond.update({key: value.to(self.device) for key, value in batch["image_cond"].items()})
         t = batch["timesteps"].repeat(2).to(self.device)
 
         def eps(unet, x, timesteps, rows_cond):
-            return script.predict_eps(unet, x, timesteps, rows_cond, alpha_bar, autocast, args)
+            return script.predict_eps(unet, x, timesteps, rows_cond, alpha_bar, self.autocast, args)
 
         def policy_eps(x, timesteps, rows):
             return eps(models["unet"], x, timesteps, {key: value[rows] for key, value in cond.items()})
@@ -232,10 +236,7 @@ class Run:
         soft_label_0 = batch["soft_label_0"].to(self.device)
         return script.smpo_loss(model_errors, ref_errors, soft_label_0, args.beta_dpo, args.gamma)[0]
 
-    def encode(self, batch):
-        return self.script.encode_prompts(batch["captions"], self.models)
-
-    def time(self, batch_size, num_pairs, flags=(), released=False, channels_last=True):
+    def time(self, batch_size, num_pairs, flags=(), released=False, channels_last=True, round_once=True, fused=True):
         """Measures one way to train; a dict of numbers."""
         script, args = self.script, self.parse(batch_size, list(flags))
         if released:
@@ -246,15 +247,14 @@ class Run:
                 network.to(memory_format=memory_format)
         unet, parameters = self.models["unet"], [p for p in self.models["unet"].parameters() if p.requires_grad]
         optimizer = script.make_optimizer(parameters, 1e-9, args)
-        if released and isinstance(optimizer, torch.optim.AdamW):
+        if isinstance(optimizer, torch.optim.AdamW) and (released or not fused):
             optimizer = torch.optim.AdamW(parameters, lr=1e-9)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=released and self.device.type == "cuda")
-        autocast = partial(torch.autocast, self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        calls_behind = None if round_once else lambda calls: 0  # as under FSDP, where nothing is kept between calls
         batches = self.batches(args, num_pairs)
 
         def micro_steps(pairs, clock=None):
             timed = clock.timed if clock else lambda phase, function: function
-            fetch, backward = timed("data", next), timed("policy", lambda loss: scaler.scale(loss).backward())
+            fetch, backward = timed("data", next), timed("policy", torch.Tensor.backward)
             while pairs > 0:
                 batch = fetch(batches)
                 if released:
@@ -263,18 +263,16 @@ class Run:
                     float(loss.detach())
                 else:
                     prepare = timed("reference", script.prepare_micro_batches)
-                    for micro_batch in prepare(batch, self.models, self.alpha_bar, autocast, args):
+                    for micro_batch in prepare(batch, self.models, self.alpha_bar, self.autocast, args, calls_behind):
                         policy = timed("policy", script.training_step)
-                        loss, _ = policy(micro_batch, unet, self.alpha_bar, autocast, args)
+                        loss, _ = policy(micro_batch, unet, self.alpha_bar, self.autocast, args)
                         backward(loss / PAIRS_A_STEP)
                 pairs -= len(batch["captions"])
 
         def optimiser_step():
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            scaler.step(optimizer) if released else optimizer.step()
-            if released:
-                scaler.update()
-            optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)  # so that the step can be timed alone
 
         calls, images, count = count_images(script)
         with FlopCounterMode(display=False) as flops, mock.patch.object(script, "predict_noise", count):
@@ -287,15 +285,8 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         micro_steps(num_pairs)  # once more: kernels are chosen, memory is there
-        synchronise(self.device)
-        start = time.perf_counter()
-        micro_steps(num_pairs)
-        synchronise(self.device)
-        pair_seconds = (time.perf_counter() - start) / num_pairs
-        start = time.perf_counter()
-        optimiser_step()
-        synchronise(self.device)
-        optimiser_seconds = time.perf_counter() - start
+        pair_seconds = self.median_seconds(lambda: micro_steps(num_pairs)) / num_pairs
+        optimiser_seconds = self.median_seconds(optimiser_step)
         clock = Clock(self.device)
         patches = {"encode_images": "VAE", "encode_prompts": "text", "invert": "inversion"}
         if released:
@@ -320,6 +311,16 @@ class Run:
             "GiB": torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None,
             **{phase: seconds[phase] / sum(seconds.values()) for phase in PHASES},
         }
+
+    def median_seconds(self, function):
+        seconds = []
+        for _ in range(REPEATS[self.device.type]):
+            synchronise(self.device)
+            start = time.perf_counter()
+            function()
+            synchronise(self.device)
+            seconds.append(time.perf_counter() - start)
+        return sorted(seconds)[len(seconds) // 2]
 
 
 def count_images(script):
@@ -353,13 +354,12 @@ def compare_precisions(device):
                 models[part].to(dtype)
             for part in ("unet", "ref_unet", "vae"):
                 models[part].to(memory_format=torch.channels_last)
-        autocast = nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
         batches, total, num_pairs = run.batches(args, 16), 0.0, 0
         while num_pairs < 16:
             batch = next(batches)
             num_pairs += len(batch["captions"])
-            for micro_batch in run.script.prepare_micro_batches(batch, models, run.alpha_bar, autocast, args):
-                loss, _ = run.script.training_step(micro_batch, models["unet"], run.alpha_bar, autocast, args)
+            for micro_batch in run.script.prepare_micro_batches(batch, models, run.alpha_bar, run.autocast, args):
+                loss, _ = run.script.training_step(micro_batch, models["unet"], run.alpha_bar, run.autocast, args)
                 (loss / 16).backward()
                 total += float(loss.detach()) / 16
         results.append((total, torch.cat([p.grad.flatten().double() for p in models["unet"].parameters()])))
@@ -399,7 +399,8 @@ def main():
     parser.add_argument(
         "--batch_sizes", nargs="+", type=int, help="Pairs a micro-batch. Default: 1 4 8 16, 32 for SD1.5."
     )
-    parser.add_argument("--num_pairs", type=int, help="Pairs that are timed. Default: 64 for SD1.5, 16 for SDXL.")
+    parser.add_argument("--num_pairs", type=int, help="Pairs that are timed. Default: 32 for SD1.5, 16 for SDXL.")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="Default: bf16 on a GPU, fp32 on a CPU.")
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument(
         "--time_limit", type=float, default=570, help="Seconds; rows that would start later are left out."
@@ -410,35 +411,34 @@ def main():
     PartialState()
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     rate = matrix_rate(device, dtype)
     loss_difference, cosine = compare_precisions(device)
     header = (
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'};"
         f" torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__};"
-        f" {str(dtype).removeprefix('torch.')} matrix products reach {rate / 1e12:.3g} TFLOP/s. bf16, as trained, against fp32, one"
+        f" {precision} matrix products reach {rate / 1e12:.3g} TFLOP/s. bf16, as trained, against fp32, one"
         f" pair at a time, on the tiny trained model: loss off by {loss_difference:.1e}, cosine of the gradients {cosine:.4f}."
     )
     print(header, flush=True)
     rows = []
-    for case in args.cases or ["sd15-full", "sd15-lora", "sdxl-full", "sdxl-lora"]:
+    for case in args.cases or ["sd15-full", "sdxl-full", "sd15-lora", "sdxl-lora"]:
         sdxl = case.startswith("sdxl")
         sizes = args.batch_sizes or ([1, 4, 8, 16] if sdxl else [1, 4, 8, 16, 32])
-        num_pairs = max(args.num_pairs or (16 if sdxl else 64), *sizes)
+        num_pairs = max(args.num_pairs or (16 if sdxl else 32), *sizes)
         run, released_rate = None, None
         plan = [("authors' recipe", 1, {"released": True})] + [("script", size, {}) for size in sizes]
-        plan += [(variant, None, {"flags": VARIANTS[variant]}) for variant in args.variants]
-        fits = sizes[0]
+        plan += [(name, *VARIANTS[name]) for name in args.variants if not case.endswith("lora")]
+        fits = {"smallest": sizes[0], "largest": sizes[0]}
         for how, size, options in plan:
             if time.perf_counter() - start > args.time_limit:
                 print(f"{case}, {how}: left out, --time_limit is reached", flush=True)
                 continue
-            size = size or fits
-            if how == "no channels_last":
-                if dtype == torch.float32:
-                    continue  # it is used in half precision alone
-                options["channels_last"] = False
+            size = fits.get(size, size)
+            if how in HALF_PRECISION_ALONE and dtype == torch.float32:
+                continue
             row = {"case": case, "how": how, "pairs a micro-batch": size}
             try:
                 run = run or Run(case, device, dtype)
@@ -447,7 +447,8 @@ def main():
                 released_rate = released_rate or throughput
                 row |= {**numbers, "ratio": throughput / released_rate}
                 row["of the matrix rate"] = numbers["TFLOP/s"] * 1e12 / rate
-                fits = size if how == "script" else fits
+                if how == "script":
+                    fits["largest"] = size
             except torch.OutOfMemoryError:
                 row["GiB"] = "OOM"
                 run.models["unet"].zero_grad()
