@@ -7,8 +7,12 @@ TRAIN_SEED ?= 0
 IMAGE_SEED ?= 0
 TRAIN_FLAGS ?=
 SOURCES := *.py tests
+PROSE := *.md Makefile pyproject.toml .ci .github
+UPSTREAM := relabel_pickapic.py train_smpo_sd15.py train_smpo_sdxl.py evaluate_smpo.py requirements.txt \
+	tests/upstream/README.md tests/upstream/test_smpo_diffusion.py
+DEST ?=
 
-.PHONY: install demo test test-slow quality style fix-copies clean
+.PHONY: install demo test test-slow quality style fix-copies upstream clean
 
 install: $(VENV)/installed
 
@@ -40,14 +44,20 @@ test-slow: install  ## the same, with every run killed twenty times, and the slo
 quality: install
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/codespell README.md Makefile $(SOURCES)
+	$(BIN)/codespell --check-hidden $(PROSE) $(SOURCES)
 
 style: install
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-fix-copies: install  ## copy what the scripts share from the first that has it into the others
+fix-copies: install  ## copy what the scripts share from the first that has it into the others; the README's tables of flags
 	$(BIN)/python tests/test_siblings.py
+	$(BIN)/python tests/readme_flags.py
+
+upstream:  ## the folder smpo_diffusion in DEST, examples/research_projects of the diffusers repository
+	@test -n "$(DEST)" || { echo "Give DEST=FOLDER, where the folder smpo_diffusion is to be."; exit 2; }
+	mkdir -p "$(DEST)/smpo_diffusion"
+	cp $(UPSTREAM) "$(DEST)/smpo_diffusion"
 
 clean:
 	rm -rf $(DEMO)

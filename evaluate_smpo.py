@@ -94,13 +94,8 @@ logger = get_logger(__name__)
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore was tuned from this CLIP
 AESTHETIC_CLIP = "openai/clip-vit-large-patch14"  # whose embeddings LAION's aesthetic head takes
-AESTHETIC_LAYERS = [
-    0,
-    2,
-    4,
-    6,
-    7,
-]  # of linearMSE, dropout between; other predictors have ReLUs there and other numbers
+# The numbers of the linear layers in the linearMSE predictors, dropout between; others have ReLUs there and other numbers.
+AESTHETIC_LAYERS = [0, 2, 4, 6, 7]
 IMAGE_REWARD = "ImageReward-v1.0"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 NUM_BOOTSTRAP_SAMPLES = 10_000
@@ -118,7 +113,11 @@ ALL = "all"  # the group of all prompts
 
 
 def wins(scores, base_scores):
-    """1 where a score is higher than the base's, 0 where it is lower, 0.5 at a tie; arrays of any one shape."""
+    """1 where a score is higher than the base's, 0 where it is lower, 0.5 at a tie; arrays of any one shape.
+
+    >>> wins(np.array([3.0, 1.0, 2.0]), np.array([2.0, 2.0, 2.0]))
+    array([1. , 0. , 0.5])
+    """
     return (scores > base_scores) + 0.5 * (scores == base_scores)
 
 
@@ -127,6 +126,10 @@ def bootstrap_interval(values, seed):
 
     A percentile bootstrap with `NUM_BOOTSTRAP_SAMPLES` draws; the images of a prompt stay together, as they are not
     independent.
+
+    >>> won = np.repeat([[1.0, 1.0], [0.0, 0.0]], 50, axis=0)  # every image of 50 of 100 prompts
+    >>> bootstrap_interval(won, seed=0)
+    (0.4, 0.6)
     """
     prompt_means = np.asarray(values, dtype=np.float64).mean(axis=1)
     rng, count = np.random.default_rng(seed), len(prompt_means)
@@ -150,6 +153,13 @@ def summarise(scores, groups, seed):
         Dicts with `reward`, `group`, `model`, `median`, `mean` and `num_prompts`, and dicts with `reward`, `group`, `model`,
         `opponent`, `win_rate`, `win_rate_low`, `win_rate_high` and `tie_rate`. Groups are `ALL` and, if there are several,
         each.
+
+    >>> base, tuned = np.array([[20.0], [21.0], [22.0]]), np.array([[21.0], [23.0], [22.0]])
+    >>> results, duels = summarise({"pick": {"base": base, "tuned": tuned}}, [None] * 3, seed=0)
+    >>> find(results, model="tuned")["median"]
+    22.0
+    >>> print("{:.3f} {:.3f}".format(*(find(duels, model="tuned")[key] for key in ("win_rate", "tie_rate"))))
+    0.833 0.333
     """
     chosen = {ALL: np.ones(len(groups), dtype=bool)}
     for group in dict.fromkeys(group for group in groups if group is not None):
@@ -175,18 +185,36 @@ def summarise(scores, groups, seed):
 
 
 def find(rows, **values):
-    """The row, of `summarise`, that has these values."""
+    """The row, of `summarise`, that has these values.
+
+    >>> find([{"model": "base", "mean": 1.0}, {"model": "tuned", "mean": 2.0}], model="tuned")
+    {'model': 'tuned', 'mean': 2.0}
+    """
     (row,) = [row for row in rows if values.items() <= row.items()]
     return row
 
 
 def in_percent(duel):
-    """Win rate and interval of a row of `summarise`, as texts."""
+    """Win rate and interval of a row of `summarise`, as texts.
+
+    >>> in_percent({"win_rate": 0.695, "win_rate_low": 0.633, "win_rate_high": 0.754})
+    ('69.5%', '63.3% to 75.4%')
+    """
     return f"{duel['win_rate']:.1%}", f"{duel['win_rate_low']:.1%} to {duel['win_rate_high']:.1%}"
 
 
 def as_markdown(results, duels):
-    """What `summarise` returns as Markdown: a table for each reward and group, and all against all where models are many."""
+    """What `summarise` returns as Markdown: a table for each reward and group, and all against all where models are many.
+
+    >>> scores = {"pick": {"base": np.array([[20.0], [21.0]]), "tuned": np.array([[21.0], [23.0]])}}
+    >>> print(as_markdown(*summarise(scores, [None] * 2, seed=0)))
+    **pick**, all prompts (2)
+    <BLANKLINE>
+    | model | median score | mean score | win rate over base | 95 % interval | ties |
+    |---|---|---|---|---|---|
+    | base | 20.500 | 20.500 |  |  |  |
+    | tuned | 22.000 | 22.000 | 100.0% | 100.0% to 100.0% | 0.0% |
+    """
     lines = []
     models = list(dict.fromkeys(row["model"] for row in results))
     base = models[0]
@@ -325,7 +353,9 @@ def named_sources(values, flag, taken, problems):
 
 
 def validate_args(args):
-    """Checks the flags, and turns --models and --reward_model into `{name: path}`.
+    """Checks the flags, and fills in what depends on others.
+
+    --models, with the checkpoints of --run_dir, and --reward_model become `{name: path}`; `args.steps` is `{checkpoint: step}`.
 
     Raises:
         ValueError: with every problem that the flags alone show, one a line, before anything is loaded.
@@ -492,7 +522,7 @@ def load_prompts(args):
     Raises:
         ValueError: there is none, or they cannot be read.
     """
-    pairs = []
+    found = []
     if args.prompts_path is None:
         data = load_data(args.dataset_name, args.dataset_config_name, args.dataset_split_name, args.cache_dir)
         columns = {"caption_column": args.caption_column}
@@ -501,23 +531,23 @@ def load_prompts(args):
         require_columns(data.column_names, columns)
         rows = data.select_columns([*dict.fromkeys(columns.values())])[:]
         groups = rows.get(args.group_column, [None] * len(data))
-        pairs = [
+        found = [
             (prompt, group if group is None else str(group))
             for prompt, group in zip(rows[args.caption_column], groups)
         ]
     for path in args.prompts_path or []:
-        found = read_prompts(path, args)
+        of_file = read_prompts(path, args)
         if len(args.prompts_path) > 1 and args.group_column is None:
-            found = [(prompt, Path(path).stem) for prompt, _ in found]
-        pairs += found
-    prompts = {}
-    for prompt, group in pairs:
+            of_file = [(prompt, Path(path).stem) for prompt, _ in of_file]
+        found += of_file
+    group_of = {}
+    for prompt, group in found:
         if prompt:
-            prompts.setdefault(prompt, group)
-    if not prompts:
+            group_of.setdefault(prompt, group)
+    if not group_of:
         raise ValueError(f"{args.prompts_path or args.dataset_name} has no prompts.")
-    prompts = list(prompts.items())[: args.max_prompts]
-    return [prompt for prompt, _ in prompts], [group for _, group in prompts]
+    prompts = list(group_of)[: args.max_prompts]
+    return prompts, [group_of[prompt] for prompt in prompts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

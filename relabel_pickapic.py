@@ -127,15 +127,20 @@ def soft_label(score_0, score_1, score_min, score_max, weights=1.0):
     Args:
         score_0, score_1: raw rewards of the two images: numbers or arrays `[P]`, of K rewards `[K, P]`; NaN gives NaN.
         score_min, score_max: the range of the raw reward over all scored images, of K rewards `[K]`.
-        weights: of K rewards `[K]`, not negative; their sum does not matter.
+        weights: of K rewards `[K]`, not negative; their sum does not matter. Equal by default.
 
     Returns:
         float64 tensor in (0, 1), a scalar or `[P]`.
 
     Raises:
         ValueError: a range is empty or not finite, or the weights are negative or all zero.
+
+    >>> soft_label([0.24, 0.21], [0.22, 0.21], score_min=0.12, score_max=0.28)  # gaps of 0.02 / 0.16 and 0
+    tensor([0.5312, 0.5000], dtype=torch.float64)
+    >>> soft_label([[0.24], [0.9]], [[0.22], [0.5]], [0.12, 0.0], [0.28, 1.0])  # two rewards, gaps of 0.125 and 0.4
+    tensor([0.5653], dtype=torch.float64)
     """
-    score_min, score_max, weights = (np.asarray(value, dtype=np.float64) for value in (score_min, score_max, weights))
+    score_min, score_max, weights = np.broadcast_arrays(*(np.float64(v) for v in (score_min, score_max, weights)))
     if not (np.isfinite(score_min) & np.isfinite(score_max) & (score_min < score_max)).all():
         raise ValueError(f"score_min must be less than score_max, got {score_min} and {score_max}.")
     if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
@@ -154,6 +159,9 @@ def first_places(*keys):
 
     Returns:
         int64 `[N]`, indices of places.
+
+    >>> first_places(np.array([7, 7, 8, 7]), np.array([0, 1, 0, 0]))  # the fourth is the first again
+    array([0, 1, 2, 0])
     """
     code = np.zeros(len(keys[0]), dtype=np.int64)
     for key in keys:
@@ -1089,6 +1097,9 @@ def gather_pieces(prefix, pieces, shards, num_rows, folder, args):
 
 def score_data_set(shards, folder, args):
     """Scores all images of a data set of P pairs under K rewards.
+
+    An image is known by its place, 2 row + side. A place has the score of the first place with the same uid and caption,
+    and is scored by itself if other bytes stand there.
 
     Returns:
         Table of the keys and human labels; scores, float32 `[P, 2, K]`, NaN where there is none; why there is none, text or

@@ -32,7 +32,7 @@
     accelerate launch train_smpo_sd15.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --dataset_name PICKAPIC_V2 --labels_path labels.parquet --output_dir smpo-sd15 \
-        --mixed_precision fp16 --gradient_accumulation_steps 128 \
+        --mixed_precision fp16 --train_batch_size 1 --gradient_accumulation_steps 128 \
         --learning_rate 1e-8 --scale_lr --lr_warmup_steps 100 --max_train_steps 200
 
 on 8 GPUs is the published recipe: 1024 pairs a step, 200 steps. `labels.parquet` comes from relabel_pickapic.py.
@@ -194,6 +194,9 @@ def per_sample(values, x):
     """`values`, one number for all or `[N]`, in a shape and precision to multiply `x` `[N, ...]` with.
 
     Never less than float32, whatever `x` is.
+
+    >>> per_sample(torch.tensor([0.5, 0.25]), torch.zeros(2, 4, 8, 8, dtype=torch.float16)).shape
+    torch.Size([2, 1, 1, 1])
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     values = torch.as_tensor(values, dtype=dtype, device=x.device)
@@ -205,6 +208,9 @@ def add_noise(x_0, noise, alpha_bar_t):
 
     `x_0`, `noise` and the result are `[N, ...]`, `alpha_bar_t` is `[N]` or a number. This is how Diffusion-DPO
     (https://arxiv.org/abs/2311.12908) reaches x_t, with the same noise for both images of a pair.
+
+    >>> add_noise(torch.tensor([5.0]), torch.tensor([10.0]), 0.64)  # 0.8 * 5 + 0.6 * 10
+    tensor([10.])
     """
     alpha_bar_t = per_sample(alpha_bar_t, x_0)
     return alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * noise
@@ -222,6 +228,10 @@ def ddim_move(x_s, eps, alpha_bar_s, alpha_bar_d):
 
     Returns:
         Latents at the destination, like `x_s`.
+
+    >>> x_t = ddim_move(torch.tensor([5.0]), torch.tensor([10.0]), 1.0, 0.64)  # up from clean latents
+    >>> x_t, ddim_move(x_t, torch.tensor([10.0]), 0.64, 1.0)  # and back down
+    (tensor([10.]), tensor([5.]))
     """
     alpha_bar_s, alpha_bar_d = per_sample(alpha_bar_s, x_s), per_sample(alpha_bar_d, x_s)
     x_0 = (x_s - (1 - alpha_bar_s).sqrt() * eps) / alpha_bar_s.sqrt()
@@ -245,6 +255,10 @@ def inversion_timesteps(t, num_inversion_steps, num_train_timesteps):
 
     Raises:
         ValueError: n is not in 1..T, or a t is not in 0..T-1.
+
+    >>> inversion_timesteps(torch.tensor([999, 400]), 4, 1000)
+    tensor([[ -1, 249, 499, 749, 999],
+            [ -1, 199, 400, 400, 400]])
     """
     if not 1 <= num_inversion_steps <= num_train_timesteps:
         raise ValueError(f"num_inversion_steps must be in 1..{num_train_timesteps}, got {num_inversion_steps}.")
@@ -279,6 +293,12 @@ def invert(predict_noise, x_0, t, alpha_bar, num_inversion_steps, noising, renoi
 
     Raises:
         ValueError: `noising` or `renoise_at` is none of the above, or see `inversion_timesteps`.
+
+    >>> x_0, alpha_bar = torch.tensor([[5.0]]), torch.tensor([0.9, 0.64, 0.36])
+    >>> def always_ten(x, t, rows):
+    ...     return torch.full_like(x, 10.0)
+    >>> invert(always_ten, x_0, torch.tensor([1]), alpha_bar, 3, "renoise", "last_move")  # 0.8 * 5 + 0.6 * 10
+    tensor([[10.]])
     """
     if noising not in ("ddim", "renoise"):
         raise ValueError(f'noising must be "ddim" or "renoise" to invert, got {noising!r}.')
@@ -308,7 +328,12 @@ def invert(predict_noise, x_0, t, alpha_bar, num_inversion_steps, noising, renoi
 
 
 def num_inversion_calls(t, alpha_bar, num_inversion_steps, noising, renoise_at):
-    """How often `invert` calls `predict_noise` for samples at `t` `[N]`; arguments and errors are those of `invert`."""
+    """How often `invert` calls `predict_noise` for samples at `t` `[N]`; arguments and errors are those of `invert`.
+
+    >>> alpha_bar = torch.linspace(0.999, 0.005, 1000)
+    >>> num_inversion_calls(torch.tensor([999]), alpha_bar, 9, "renoise", "last_move")  # 9 moves, the last one twice
+    10
+    """
     levels = inversion_timesteps(t, num_inversion_steps, len(alpha_bar))
     num_moves = int((levels[:, 1:] > levels[:, :-1]).sum(dim=1).max())
     if noising == "ddim":
@@ -321,6 +346,9 @@ def implied_noise(x_0, x_t, alpha_bar_t):
 
     `x_0`, `x_t` and the result are `[N, ...]`, `alpha_bar_t` is `[N]` or a number below 1. It undoes `add_noise`, and is
     the target of both UNets in the loss (tau_t in the SmPO paper).
+
+    >>> implied_noise(torch.tensor([5.0]), torch.tensor([10.0]), 0.64)  # (10 - 0.8 * 5) / 0.6
+    tensor([10.])
     """
     alpha_bar_t = per_sample(alpha_bar_t, x_0)
     return (x_t - alpha_bar_t.sqrt() * x_0) / (1 - alpha_bar_t).sqrt()
@@ -331,6 +359,11 @@ def noise_from_prediction(model_pred, x_t, alpha_bar_t, prediction_type):
 
     A v-prediction (https://arxiv.org/abs/2202.00512) is `v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0`, so
     `eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t`.
+
+    >>> x_0, eps = torch.tensor([5.0]), torch.tensor([10.0])
+    >>> x_t, v = 0.8 * x_0 + 0.6 * eps, 0.8 * eps - 0.6 * x_0
+    >>> noise_from_prediction(v, x_t, 0.64, "v_prediction")
+    tensor([10.])
     """
     if prediction_type == "epsilon":
         return model_pred
@@ -355,6 +388,12 @@ def smpo_loss(model_errors, ref_errors, soft_label_0, beta, gamma):
 
     Returns:
         The loss, a scalar, and the argument of log sigmoid, `[B]`.
+
+    Where the policy errs less on the preferred image than the reference does, the loss is below log 2 = 0.693:
+
+    >>> model_errors, ref_errors = torch.tensor([0.090, 0.110]), torch.tensor([0.100, 0.110])  # image 0, image 1
+    >>> smpo_loss(model_errors, ref_errors, torch.tensor([0.55]), beta=200, gamma=10)
+    (tensor(0.3133), tensor([1.]))
     """
     error_gap_0, error_gap_1 = (model_errors - ref_errors).chunk(2)
     logits = -0.5 * beta * gamma * (2 * soft_label_0 - 1) * (error_gap_0 - error_gap_1)
@@ -2178,7 +2217,11 @@ def validate_pairs(dataset, accelerator, step_context):
 
 
 def wins(scores, base_scores):
-    """1 where a score is higher than the base's, 0 where it is lower, 0.5 at a tie; arrays of any one shape."""
+    """1 where a score is higher than the base's, 0 where it is lower, 0.5 at a tie; arrays of any one shape.
+
+    >>> wins(np.array([3.0, 1.0, 2.0]), np.array([2.0, 2.0, 2.0]))
+    array([1. , 0. , 0.5])
+    """
     return (scores > base_scores) + 0.5 * (scores == base_scores)
 
 

@@ -18,6 +18,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from random_models import write_pipeline
 
 
+collect_ignore = ["upstream"]  # tests of a folder that `make upstream` makes
+
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny"
 

@@ -6,16 +6,14 @@ here says why not. `python tests/test_siblings.py` (`make fix-copies`) copies th
 script that stands first in `SCRIPTS` into the others.
 """
 
-import argparse
 import ast
 import difflib
 import functools
-import importlib
 import itertools
 from pathlib import Path
-from unittest import mock
 
 import pytest
+from readme_flags import script_parser
 
 
 ROOT = Path(__file__).parent.parent
@@ -99,22 +97,12 @@ def shared_names():
 
 def flags(script):
     """`{flag: its properties}` of a script's parser."""
-    module = importlib.import_module(script.removesuffix(".py"))
-    parser = None
-
-    def remember(self, args=None, namespace=None):
-        nonlocal parser
-        parser = self
-        raise SystemExit
-
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", remember), pytest.raises(SystemExit):
-        module.parse_args([])
     return {
         action.dest: {
             "type": action.type, "choices": action.choices, "help": action.help, "default": action.default,
             "nargs": action.nargs, "required": action.required, "names": action.option_strings,
         }
-        for action in parser._actions
+        for action in script_parser(script)._actions
     }  # fmt: skip
 
 

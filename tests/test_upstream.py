@@ -1,0 +1,199 @@
+"""`make upstream` copies a folder that passes the rules of the diffusers repository on its own."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+
+import pytest
+from conftest import ROOT, run_script
+from readme_flags import script_parser
+from test_readme import blocks, command_lines, parse
+from test_siblings import SCRIPTS, TRAINING
+
+
+# pyproject.toml of the diffusers repository
+RUFF = """
+line-length = 119
+[lint]
+ignore = ["C901", "E501", "E721", "E741", "F402", "F823"]
+select = ["C", "E", "F", "I", "W"]
+[lint.isort]
+lines-after-imports = 2
+known-first-party = ["diffusers"]
+[format]
+quote-style = "double"
+indent-style = "space"
+skip-magic-trailing-comma = false
+line-ending = "auto"
+"""
+# Of the arguments that the newest SD and SDXL training examples share, those that have a meaning here.
+ARGUMENTS = """
+    pretrained_model_name_or_path revision variant dataset_name dataset_config_name caption_column output_dir cache_dir seed
+    resolution train_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit
+    resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler
+    lr_warmup_steps use_8bit_adam allow_tf32 dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+    max_grad_norm push_to_hub hub_token hub_model_id logging_dir report_to mixed_precision image_interpolation_mode
+    pretrained_vae_model_name_or_path proportion_empty_prompts rank lora_alpha lora_layers offload optimizer
+    output_kohya_format beta_dpo dataset_split_name validation_steps vae_encode_batch_size validation_prompts
+    num_validation_images max_train_samples tracker_project_name prediction_type random_crop no_hflip
+""".split()
+# Packages that requirements.txt brings without naming them, and those that a flag asks for.
+BROUGHT = {"huggingface_hub", "fsspec"}
+OPTIONAL = {"wandb", "bitsandbytes", "deepspeed", "ImageReward"}
+TESTS = "test_smpo_diffusion.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    destination = tmp_path_factory.mktemp("research_projects")
+    subprocess.run(["make", "upstream", f"DEST={destination}"], cwd=ROOT, check=True, capture_output=True)
+    return destination / "smpo_diffusion"
+
+
+def imports(tree):
+    """(top-level name, node) of every import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "").split(".")[0], node
+
+
+def bounds(text):
+    """`{package: version bound}` of requirements."""
+    return dict(re.findall(r"^([\w-]+)([<>=.\d]*)", text, re.M))
+
+
+def test_exactly_what_is_needed(folder):
+    assert {path.name for path in folder.rglob("*")} == {*SCRIPTS, "README.md", "requirements.txt", TESTS}
+    for name in (*SCRIPTS, "requirements.txt"):
+        assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_a_destination_has_to_be_given():
+    done = subprocess.run(["make", "upstream", "DEST="], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "Give DEST=" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=lambda command: command[0])
+def test_ruff_with_the_settings_of_diffusers(folder, command, tmp_path):
+    (tmp_path / "ruff.toml").write_text(RUFF)
+    ruff = [sys.executable, "-m", "ruff"]
+    assert subprocess.check_output([*ruff, "--version"], text=True).strip() == "ruff 0.9.10"
+    config = ["--no-cache", "--config", str(tmp_path / "ruff.toml")]
+    done = subprocess.run([*ruff, *command, *config, "."], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    (folder / "wrong.py").write_text("import os\nx = 'a'\n")  # so that the check is one
+    done = subprocess.run([*ruff, *command, *config, "wrong.py"], cwd=folder, capture_output=True)
+    (folder / "wrong.py").unlink()
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, TESTS])
+def test_header(folder, name):
+    lines = (folder / name).read_text().splitlines()
+    if name in SCRIPTS:
+        assert lines.pop(0) == "#!/usr/bin/env python"
+    assert lines[0] == "# coding=utf-8" and re.match(r"# Copyright 20\d\d .*\. All rights reserved\.$", lines[1])
+    assert lines[3] == '# Licensed under the Apache License, Version 2.0 (the "License");'
+    assert lines[13] == "# limitations under the License."
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_dependencies(folder, name):
+    """The PEP 723 block names what the script imports, with the bounds of requirements.txt."""
+    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", (folder / name).read_text(), re.M)
+    named = {}
+    for line in re.findall(r'"([^"]+)"', block):
+        named.update(bounds(line))
+    required = bounds((folder / "requirements.txt").read_text())
+    assert named and not set(named) - set(required)
+    assert not {package for package, bound in named.items() if bound and bound != required[package]}
+    tree = ast.parse((folder / name).read_text())
+    imported = {module for module, _ in imports(tree)}
+    packages = {**{package: package for package in required}, "PIL": "pillow"}
+    brought = {"numpy", "safetensors", "tqdm"}  # by the others
+    assert {packages[module] for module in imported & packages.keys()} - brought <= set(named)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_imports(folder, name):
+    """The standard library and what requirements.txt brings; whatever a flag asks for is imported when it does, wandb
+    behind `is_wandb_available()`."""
+    source = (folder / name).read_text()
+    tree = ast.parse(source)
+    required = {package.lower() for package in bounds((folder / "requirements.txt").read_text())}
+    modules = packages_distributions()
+    guarded = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "is_wandb_available()":
+            guarded.update(id(child) for child in node.body)
+    for module, node in imports(tree):
+        if module in OPTIONAL:
+            assert node.col_offset > 0 and (module != "wandb" or id(node) in guarded), module
+        elif module not in sys.stdlib_module_names | BROUGHT:
+            assert {package.lower() for package in modules.get(module, [])} & required, module
+    if name in TRAINING:
+        assert any(module == "wandb" for module, _ in imports(tree))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_habits(folder, name):
+    source = (folder / name).read_text()
+    tree = ast.parse(source)
+    if any(module == "diffusers" for module, _ in imports(tree)):
+        (bound,) = re.findall(r'^check_min_version\("([\d.]+)"\)$', source, re.M)
+        assert f"diffusers>={bound}\n" in (folder / "requirements.txt").read_text()
+        assert f"diffusers {bound.removesuffix('.0')} and later" in (folder / "README.md").read_text().replace(
+            "\n> ", " "
+        )
+    functions = {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert ast.unparse(functions["parse_args"]) == "input_args=None" and ast.unparse(functions["main"]) == "args"
+    assert source.endswith('if __name__ == "__main__":\n    main(parse_args())\n')
+    assert "logger = get_logger(__name__)" in source or name == "evaluate_smpo.py"
+    assert not re.search(r"\btests/|\bmake [a-z-]+`|CONTRIBUTING", source)  # what is not in this folder
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_argument_names(name):
+    assert not set(ARGUMENTS) - {action.dest for action in script_parser(name)._actions}
+
+
+def test_readme(folder):
+    text = (folder / "README.md").read_text()
+    assert "not maintained by the diffusers team" in text and re.search(r"tag @\w+", text)
+    assert "https://arxiv.org/abs/2506.02698" in text and "accelerate launch" in text
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert links and all(link.startswith("https://") for link in links)
+    for name in re.findall(r"`?\b([\w-]+\.(?:py|txt))\b", text):
+        assert (folder / name).is_file(), name
+    ours = (ROOT / "README.md").read_text()
+    assert [block for block in blocks("bash", text) if block not in ours] == []
+    assert {re.search(r"(\w+\.py)", line)[1] for line in command_lines(text)} == set(SCRIPTS)
+    known = {name for script in SCRIPTS for name in script_parser(script)._option_string_actions}
+    launcher = {"--num_processes"}
+    assert not set(re.findall(r"(?<![\w-])--[a-z]\w*", text)) - known - launcher
+
+
+def test_readme_command_lines_parse(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, line in enumerate(command_lines((folder / "README.md").read_text())):
+        (tmp_path / str(i)).mkdir()
+        monkeypatch.chdir(tmp_path / str(i))
+        launch, _ = parse(line, tmp_path / str(i))
+        assert (folder / launch.training_script).is_file()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(folder, script):
+    """In isolated mode nothing is imported from the folder that the script lies in."""
+    assert "--dataset_name" in run_script("-I", script, "--help", cwd=folder)
+
+
+@pytest.mark.slow
+def test_its_own_tests(folder, tmp_path):
+    """Each script under `accelerate launch` on models that the tests make, some five minutes on two cores."""
+    output = run_script("-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", tmp_path, folder / TESTS, cwd=folder)
+    assert re.search(r"^5 passed", output, re.M)
