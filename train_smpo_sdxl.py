@@ -16,7 +16,7 @@
 #
 # /// script
 # dependencies = [
-#     "torch",
+#     "torch>=2.6",
 #     "diffusers>=0.35.0",
 #     "transformers>=4.55.0",
 #     "accelerate>=1.7.0",
