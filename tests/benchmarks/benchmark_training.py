@@ -36,7 +36,6 @@ import argparse
 import copy
 import csv
 import importlib
-import logging
 import sys
 import time
 from dataclasses import dataclass, field
@@ -407,7 +406,6 @@ def main():
     )
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
-    logging.disable(logging.WARNING)
     PartialState()
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
