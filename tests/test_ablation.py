@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import run_ablation
 import torch
-from bed import BATCH, Bed, Pairs, Row, draw_batch, order_of, scene_of
+from bed import Bed, Pairs, Row, draw_batch, order_of, scene_of
 from conftest import TINY, train, train_flags
 from make_tables import (
     Runs,
@@ -123,7 +123,7 @@ def test_forward_and_hard_is_diffusion_dpo(bed, policy, batch):
     winner, loser = torch.where(winner_0, gap_0, gap_1), torch.where(winner_0, gap_1, gap_0)
     expected = torch.log1p(torch.exp(row.beta / 2 * (winner - loser))).mean()
     assert abs(float(expected) - math.log(2)) > 0.01
-    assert float(loss) == pytest.approx(float(expected), rel=1e-3)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
     assert calls == 6 * 4
 
 
@@ -139,7 +139,7 @@ def test_every_row_reaches_x_t_as_it_says(bed, policy, batch):
         "every_hard": train_smpo_sd15.invert(predict, x_0, t, bed.alpha_bar, 5, "renoise", "every_move"),
         "released_hard": released_inversion(predict, x_0, t, bed.alpha_bar, 5),
     }
-    moves = torch.tensor([1, 4, 9]), torch.tensor([1, 3, 5]), torch.tensor([1, 3, 5])
+    moves = torch.tensor([1, 4, 9]), torch.tensor([1, 3, 5]), torch.tensor([2, 4, 5])
     num_calls = dict(zip(expected, (moves[0].sum(), moves[0].sum() + 3, 2 * moves[1].sum(), 2 * moves[2].sum())))
     with torch.no_grad():
         reached = {name: bed.noised(ROWS[name], policy, x_0, states, t, noise) for name in expected}
@@ -177,11 +177,11 @@ def test_scores(bed):
     same, again = bed.evaluate(bed.unet, prompts, 1, pictures)
     assert same == {**base, "distance": 0.0} and torch.equal(pictures, again)
     assert bed.evaluate(bed.unet, prompts, 2, pictures)[0]["distance"] > 0.01
-    pixels = bed.processor.image_processor(images=list(pictures), do_rescale=False, return_tensors="pt")
+    pixels = bed.processor.image_processor(images=list((255 * pictures).round().byte()), return_tensors="pt")
     images = train_smpo_sd15.embed_images(bed.reward, pixels["pixel_values"])
     texts = train_smpo_sd15.embed_texts(bed.reward, bed.processor, [caption(scene) for scene in prompts.scenes])
     assert base["reward"] == pytest.approx(
-        float(100 * (images.view(3, 2, -1) * texts[:, None]).sum(-1).mean()), rel=1e-4
+        float(100 * (images.view(3, 2, -1) * texts[:, None]).sum(-1).mean()), abs=0.05
     )
     first, second = pictures[0::2], pictures[1::2]
     assert base["diversity"] == pytest.approx(float((first - second).pow(2).flatten(1).mean(1).sqrt().mean()))
@@ -217,11 +217,15 @@ def test_pairs_prompts_and_draws(bed):
 
 
 def test_own_pairs_are_the_samplers(bed):
-    pairs = bed.own_pairs(num_prompts=4, images_per_prompt=3)
-    assert len(pairs) == 4 * 3 and pairs.mean.shape == (24, 4, 8, 8) and not pairs.std.any()
-    prompts_latents = torch.unique(pairs.mean.flatten(1), dim=0)
-    assert len(prompts_latents) == 4 * 3 < BATCH
+    with torch.no_grad():
+        pairs, sampled = (bed.own_pairs(num_prompts=4, images_per_prompt=3, encode=encode) for encode in (True, False))
+    for some in (pairs, sampled):
+        assert len(some) == 4 * 3 and some.mean.shape == some.std.shape == (24, 4, 8, 8)
+        assert len(torch.unique(some.mean.flatten(1), dim=0)) == 4 * 3
+        assert torch.equal(some.soft, sampled.soft) and torch.equal(some.human, (some.soft > 0.5).float())
     assert 1 / (1 + math.e) <= pairs.soft.min() < 0.5 < pairs.soft.max() <= math.e / (1 + math.e)
+    assert not sampled.std.any() and torch.allclose(pairs.std, torch.tensor(0.15), atol=0.01)
+    assert 0 < (pairs.mean - sampled.mean).abs().mean() < 0.3 * sampled.mean.std()
 
 
 def test_statistics_against_known_values():
@@ -257,7 +261,7 @@ def made_up_runs(path):
                       "diversity": 0.2, "distance": 0.1}  # fmt: skip
             about = {"part": part, "name": name, "pairs": "foreign", "prompts": "report", "seed": seed}
             row = vars(Row(gamma=1.0 if part == "hyper" else 10.0))
-            rows += [{**about, **row, "step": step, "unet_calls": 100, **scores} for step in (32, 64)]
+            rows += [{**about, **row, "step": step, "unet_calls": 100, **scores} for step in (16, 32)]
     append_csv(path, RUN_FIELDS, rows)
 
 
@@ -266,9 +270,9 @@ def test_tables_of_a_small_csv(tmp_path):
     runs = Runs(read_csv(tmp_path / "runs.csv"))
     half = 4.302653 / 3**0.5
     lines = grid_table(runs, "grid", ["forward_hard", "ddim_hard"]).splitlines()
-    assert len(lines) == 4  # the header's two, and 64 steps of either row
+    assert len(lines) == 4  # the header's two, and 32 steps of either row
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
-    assert cells[1:5] == ["64", "100", f"+4.00 ± {2 * half:.2f}", f"+8.00 ± {4 * half:.2f}"] and cells[-1] == "3"
+    assert cells[1:5] == ["32", "100", f"+4.00 ± {2 * half:.2f}", f"+8.00 ± {4 * half:.2f}"] and cells[-1] == "3"
     by_name = {line.split("|")[1].strip(): line for line in comparison_table(runs, "grid").splitlines()[2:]}
     assert set(by_name) == {"ddim_hard over forward_hard", "last_soft over forward_hard"}
     p = two_sided_p(2 * 3**0.5, 2)  # both differences are 2 +- 1

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
@@ -149,33 +150,44 @@ class Bed:
             for column in ("jpg_0", "jpg_1")
             for data in table[column]
         ]
-        posterior = self.vae.encode(torch.stack(pixels)).latent_dist
-        scale = self.vae.config.scaling_factor
+        mean, std = self.encode(torch.stack(pixels))
         human = torch.tensor(table["label_0"], dtype=torch.float32)
         states = self.embed(list(table["caption"]))
-        return Pairs(posterior.mean * scale, posterior.std * scale, states, torch.from_numpy(soft), human)
+        return Pairs(mean, std, states, torch.from_numpy(soft), human)
 
-    def own_pairs(self, num_prompts=200, images_per_prompt=3):
+    def own_pairs(self, num_prompts=200, images_per_prompt=3, encode=True):
         """Pairs that the base model sampled itself: all couples of a prompt's images, labelled by the labelling model.
 
-        The latents are the sampler's own, not encoded again.
+        Their latents are those of the decoded pictures, as they are for anyone who stores samples and trains on them; or
+        without `encode` the sampler's own, which so few moves leave with less texture than the data have.
         """
         generator = torch.Generator().manual_seed(OWN_SEED)
         taken = set(read_captions("test"))
         scenes = [scene for scene in random_scenes(2 * num_prompts, generator) if caption(scene) not in taken]
         prompts = self.prompts(torch.stack(scenes[:num_prompts]))
-        latents = self.sample(self.unet, prompts, images_per_prompt, generator, OWN_SAMPLING_STEPS)
-        rewards = self.rewards(self.decode(latents), prompts, images_per_prompt).view(num_prompts, images_per_prompt)
-        latents = latents.view(num_prompts, images_per_prompt, *latents.shape[1:])
+        mean = self.sample(self.unet, prompts, images_per_prompt, generator, OWN_SAMPLING_STEPS)
+        std, pictures = torch.zeros_like(mean), self.decode(mean)
+        rewards = self.rewards(pictures, prompts, images_per_prompt).view(num_prompts, images_per_prompt)
+        if encode:
+            mean, std = self.encode(2 * pictures - 1)
         couples = [(i, j) for i in range(images_per_prompt) for j in range(i)]
         first, second = ([couple[k] for couple in couples] for k in (0, 1))
         soft = relabel_pickapic.soft_label(
             rewards[:, first].flatten(), rewards[:, second].flatten(), rewards.min(), rewards.max()
-        )
-        mean = torch.cat([latents[:, first].flatten(0, 1), latents[:, second].flatten(0, 1)])
+        ).float()
+
+        def stacked(latents):
+            latents = latents.view(num_prompts, images_per_prompt, *latents.shape[1:])
+            return torch.cat([latents[:, first].flatten(0, 1), latents[:, second].flatten(0, 1)])
+
         states = prompts.states.repeat_interleave(len(couples), 0)
-        soft = soft.float()
-        return Pairs(mean, torch.zeros_like(mean), states, soft, (soft > 0.5).float())
+        return Pairs(stacked(mean), stacked(std), states, soft, (soft > 0.5).float())
+
+    def encode(self, pixels):
+        """Mean and standard deviation of the VAE's posterior, scaled, of pictures `[N, 3, 64, 64]` in [-1, 1]."""
+        posteriors = [self.vae.encode(some).latent_dist for some in pixels.split(BATCH)]
+        scale = self.vae.config.scaling_factor
+        return (scale * torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std"))
 
     def prompts(self, scenes):
         captions = [caption(scene) for scene in scenes]
@@ -324,8 +336,6 @@ def order_of(num_pairs, num_drawn, seed):
 
 
 def read_captions(split):
-    import pyarrow.parquet as pq
-
     return pq.read_table(TINY / "pairs" / f"{split}.parquet", columns=["caption"])["caption"].to_pylist()
 
 

@@ -31,18 +31,16 @@ from pathlib import Path
 
 import torch
 from bed import Bed, Row, draw_batch, order_of, random_scenes, smpo
+from make_tables import EXTRA_STEPS, RESULTS, STEPS, read_csv
 from tqdm import tqdm
 
 
-RESULTS = Path(__file__).parent / "results"
 PAIRS_PER_STEP = 8
 WARMUP_STEPS = 5
 MAX_GRAD_NORM = 1.0
-STEPS = 64
-EVALUATED_STEPS = [16, 32, 64]
-EXTRA_STEPS = 160  # of forward noising: as many UNet calls as 64 steps with 10 calls an image instead of 4
-TUNING_STEPS, TUNING_SEED = 32, 100
-LEARNING_RATES, BETAS = [1e-5, 3e-5, 1e-4], [200.0, 2000.0]
+EVALUATED_STEPS = [8, 16, STEPS]
+TUNING_SEED = 100
+LEARNING_RATES, BETAS = [1e-5, 2e-5, 3e-5, 5e-5], [200.0, 2000.0]
 SEEDS = [0, 1, 2, 3, 4]
 OWN_SEEDS = [0, 1, 2]
 FEW_SEEDS = [0, 1]  # of the tables of hyper-parameters
@@ -96,21 +94,13 @@ SIGNAL_ROWS = {
     "every_9": Row(renoise_at="every_move"),
     "released": ROWS["released_hard"],
 }
-SIGNAL_BINS, SIGNAL_BATCHES, SIGNAL_PAIRS = 4, 6, 24  # of timesteps; batches of a bin; pairs of a batch
-REWARD_SEED, REWARD_BATCHES, REWARD_IMAGES = 3000, 24, 16
+SIGNAL_BINS, SIGNAL_BATCHES, SIGNAL_PAIRS = 4, 5, 16  # of timesteps; batches of a bin; pairs of a batch
+REWARD_SEED, REWARD_BATCHES, REWARD_IMAGES = 3000, 16, 16
 SIGNAL_FIELDS = ["pairs", "noising", "bin", "batch", "labels", "cosine", "norm", "residual", "std_tau"]
 INVERSION_FIELDS = ["pairs", "variant", "t", "seed", "unet_calls", "std_tau", "distance", "round_trip", "residual"]
 
 
 # Results
-
-
-def read_csv(path):
-    """Rows of a CSV as dicts of strings; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def append_csv(path, fields, rows):
@@ -169,7 +159,12 @@ class Lab:
         return self.kept[name]
 
     def pairs(self, name):
-        return self.get(f"{name} pairs", {"foreign": self.bed.foreign_pairs, "own": self.bed.own_pairs}[name])
+        make = {
+            "foreign": self.bed.foreign_pairs,
+            "own": self.bed.own_pairs,
+            "own, as sampled": lambda: self.bed.own_pairs(encode=False),
+        }
+        return self.get(f"{name} pairs", make[name])
 
     def prompts(self, name):
         return self.get(name, {"report": self.bed.report_prompts, "tuning": self.bed.tuning_prompts}[name])
@@ -223,7 +218,7 @@ def tune(lab):
     jobs = list(itertools.product(ROWS, LEARNING_RATES, BETAS))
     for name, learning_rate, beta in tqdm(jobs, desc="tune"):
         row = dataclasses.replace(ROWS[name], learning_rate=learning_rate, beta=beta)
-        lab.run("tune", name, row, TUNING_SEED, prompts="tuning", steps=TUNING_STEPS)
+        lab.run("tune", name, row, TUNING_SEED, prompts="tuning", steps=STEPS)
 
 
 def grid(lab):
@@ -274,7 +269,7 @@ def inversion(lab):
     """How good each inversion is: std(tau), RMS distance of tau to a fine inversion, round trip, residual."""
     path, bed = lab.results / "inversion.csv", lab.bed
     known = {key_of(row, ["pairs", "t", "seed"]) for row in read_csv(path)}
-    jobs = list(itertools.product(["foreign", "own"], INVERSION_SEEDS, INVERSION_TIMESTEPS))
+    jobs = list(itertools.product(["foreign", "own", "own, as sampled"], INVERSION_SEEDS, INVERSION_TIMESTEPS))
     for source, seed, timestep in tqdm(jobs, desc="inversion"):
         if (source, str(timestep), str(seed)) in known:
             continue
