@@ -216,6 +216,48 @@ def test_pairs_prompts_and_draws(bed):
     assert not torch.equal(draw_batch(pairs, soft, order[:50], seed=0, step=2)[2], t)
 
 
+def test_the_gradient_of_the_reward_against_a_finite_difference(bed, monkeypatch):
+    """A small move along it raises the reward of the same samples by its length."""
+    monkeypatch.setattr(run_ablation, "REWARD_BATCHES", 2)
+    monkeypatch.setattr(run_ablation, "REWARD_IMAGES", 2)
+    gradient, agreement = run_ablation.reward_gradient(bed)
+    assert -1 < agreement < 1
+
+    def rewards_at(distance):
+        unet = bed.new_policy()
+        moves = (distance * gradient / gradient.norm()).split([p.numel() for p in unet.parameters()])
+        generator, total = torch.Generator().manual_seed(run_ablation.REWARD_SEED), 0
+        with torch.no_grad():
+            for parameter, move in zip(unet.parameters(), moves):
+                parameter += move.view_as(parameter)
+            for _ in range(2):
+                prompts = bed.prompts(random_scenes(2, generator))
+                latents = bed.sample(unet, prompts, 1, generator)
+                total += bed.rewards(bed.decode(latents), prompts, 1).mean().item()
+        return total
+
+    step = 1e-5
+    assert (rewards_at(step) - rewards_at(-step)) / (2 * step) == pytest.approx(gradient.norm().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["forward_hard", "last_hard"])
+def test_the_gradient_of_a_preference_is_that_of_the_loss(name, bed, batch):
+    """Policy and reference being equal, the loss is log 2 with a gradient of -beta gamma / 4 times the direction."""
+    x_0, states, t, noise, soft = batch
+    unet, row = bed.new_policy(), ROWS[name]
+    gradients, measured = run_ablation.preference_gradients(
+        bed, row, unet, x_0, states, t, noise, {"soft": soft, "hard": soft.round()}
+    )
+    for kind, soft_label_0 in {"soft": soft, "hard": soft.round()}.items():
+        loss, _ = bed.loss(row, unet, (x_0, states, t, noise, soft_label_0))
+        expected = run_ablation.flat(torch.autograd.grad(loss, list(unet.parameters())))
+        assert run_ablation.cosine(-gradients[kind], expected) > 0.999
+        scale = row.beta * row.gamma / 4
+        assert expected.norm().item() == pytest.approx(scale * gradients[kind].norm().item(), rel=1e-3)
+    assert run_ablation.cosine(gradients["soft"], gradients["hard"]) < 0.999
+    assert measured["residual"] > 0.05 and (name != "forward_hard" or abs(measured["std_tau"] - 1) < 0.1)
+
+
 def test_own_pairs_are_the_samplers(bed):
     with torch.no_grad():
         pairs, sampled = (bed.own_pairs(num_prompts=4, images_per_prompt=3, encode=encode) for encode in (True, False))
@@ -303,14 +345,15 @@ def test_a_run_in_the_csv_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "base", lambda *_: (dict.fromkeys(run_ablation.SCORES, 0.0), None))
     monkeypatch.setattr(lab, "pairs", lambda name: None)
     monkeypatch.setattr(run_ablation, "ROWS", {name: ROWS[name] for name in ("forward_hard", "every_soft")})
+    num_runs = 2 * len(run_ablation.LEARNING_RATES) * len(run_ablation.BETAS)
     run_ablation.tune(lab)
-    assert len(trained) == len(set(trained)) == 2 * 6
+    assert len(trained) == len(set(trained)) == num_runs
     run_ablation.tune(lab)
-    assert len(trained) == 2 * 6 and len(read_csv(tmp_path / "runs.csv")) == 2 * 6 + 1  # and the base
+    assert len(trained) == num_runs and len(read_csv(tmp_path / "runs.csv")) == num_runs + 1  # and the base
     best = dataclasses.replace(ROWS["every_soft"], learning_rate=3e-5, beta=200.0)
     assert lab.tuned("every_soft") == best
     run_ablation.grid(lab)
-    assert len(trained) == 2 * 6 + 2 * len(run_ablation.SEEDS) and best in trained[2 * 6 :]
+    assert len(trained) == num_runs + 2 * len(run_ablation.SEEDS) and best in trained[num_runs:]
     assert key_of({"a": 1e-5, "b": 3}, ["a", "b"]) == ("1e-05", "3")
 
 

@@ -347,35 +347,46 @@ def signal(lab):
     if not known:
         append_csv(path, SIGNAL_FIELDS, [{"noising": "reward, half against half", "cosine": agreement}])
     unet = bed.new_policy()
-    parameters = list(unet.parameters())
     for source, name in tqdm(jobs, desc="signal"):
         pairs, row = lab.pairs(source), SIGNAL_ROWS[name]
         sums, rows = {}, []
-        for k, b in itertools.product(range(SIGNAL_BATCHES), range(SIGNAL_BINS)):
-            chosen = order_of(len(pairs), SIGNAL_BATCHES * SIGNAL_PAIRS, 0)[k * SIGNAL_PAIRS :][:SIGNAL_PAIRS]
+        order = order_of(len(pairs), SIGNAL_BATCHES * SIGNAL_PAIRS, REWARD_SEED).split(SIGNAL_PAIRS)
+        for (k, chosen), b in itertools.product(enumerate(order), range(SIGNAL_BINS)):
+            about = {"pairs": source, "noising": name}
             x_0, states, t, noise, _ = draw_batch(pairs, pairs.soft, chosen, REWARD_SEED, k)
-            t = (b * 1000 + t) // SIGNAL_BINS
-            with torch.no_grad():
-                x_t = bed.noised(row, unet, x_0, states, t, noise)[0]
-            tau = smpo.implied_noise(x_0, x_t, bed.alpha_bar[t])
-            errors = (smpo.predict_noise(unet, x_t, t, {"encoder_hidden_states": states}) - tau).pow(2).mean((1, 2, 3))
-            about = {"pairs": source, "noising": name, "residual": errors.detach().mean().sqrt().item()}
-            about["std_tau"] = tau.flatten(1).std(1).mean().item()
-            gap = errors[: len(chosen)] - errors[len(chosen) :]
-            for kind in ("hard", "soft"):
-                weight = 2 * pairs.labels(kind, 0)[chosen] - 1
-                gradient = flat(torch.autograd.grad(-(weight * gap).mean(), parameters, retain_graph=kind == "hard"))
-                rows.append(direction(gradient, reward, {**about, "bin": b, "batch": k, "labels": kind}))
-                for key in itertools.product([b, "all"], [k, "all"], [kind]):
+            t = (b * len(bed.alpha_bar) + t) // SIGNAL_BINS
+            kinds = {kind: pairs.labels(kind, 0)[chosen] for kind in ("hard", "soft")}
+            gradients, measured = preference_gradients(bed, row, unet, x_0, states, t, noise, kinds)
+            for kind, gradient in gradients.items():
+                rows.append(direction(gradient, reward, {**about, **measured, "bin": b, "batch": k, "labels": kind}))
+                for key in [(b, "all", kind), ("all", k, kind), ("all", "all", kind)]:
                     sums[key] = sums.get(key, 0) + gradient
         for (b, k, kind), gradient in sums.items():
-            if "all" in (b, k):
-                rows.append(
-                    direction(
-                        gradient, reward, {"pairs": source, "noising": name, "bin": b, "batch": k, "labels": kind}
-                    )
-                )
+            rows.append(direction(gradient, reward, {**about, "bin": b, "batch": k, "labels": kind}))
         append_csv(path, SIGNAL_FIELDS, rows)
+
+
+def preference_gradients(bed, row, unet, x_0, states, t, noise, kinds):
+    """Ascent directions of the preference for the base model `unet`, where the loss of a pair is linear in its error gap.
+
+    Args:
+        kinds: labels of each kind, `{kind: p_0 [B]}`.
+
+    Returns:
+        `{kind: gradient}` of -(2 p_0 - 1) (error of image 0 - error of image 1), mean over the pairs, as one vector; and a
+        dict of the RMS of prediction minus tau and of std(tau).
+    """
+    with torch.no_grad():
+        x_t = bed.noised(row, unet, x_0, states, t, noise)[0]
+    tau = smpo.implied_noise(x_0, x_t, bed.alpha_bar[t])
+    errors = (smpo.predict_noise(unet, x_t, t, {"encoder_hidden_states": states}) - tau).pow(2).mean((1, 2, 3))
+    gap_0, gap_1 = errors.chunk(2)
+    gradients = {}
+    for kind, soft_label_0 in kinds.items():
+        aim = -((2 * soft_label_0 - 1) * (gap_0 - gap_1)).mean()
+        gradients[kind] = flat(torch.autograd.grad(aim, list(unet.parameters()), retain_graph=True))
+    measured = {"residual": errors.detach().mean().sqrt().item(), "std_tau": tau.flatten(1).std(1).mean().item()}
+    return gradients, measured
 
 
 def flat(tensors):
