@@ -41,7 +41,6 @@ NAMES = {
     "every_soft": "+ smoothed labels, every one of 5 moves",
     "forward_soft": "forward, smoothed labels",
     "released_hard": "released code, 5 levels, hard",
-    "released_soft": "released code, 5 levels, smoothed labels",
 }
 # (a, at its step, b, at its step): what a gains over b
 COMPARISONS = [
@@ -62,7 +61,6 @@ COMPARISONS = [
     ("every_soft", STEPS, "forward_soft", STEPS),
     ("every_soft", STEPS, "last_soft", STEPS),
     ("released_hard", STEPS, "every_hard", STEPS),
-    ("released_soft", STEPS, "every_soft", STEPS),
 ]
 SIGNAL_NAMES = {
     "forward": "forward",
@@ -349,7 +347,12 @@ def make_tables(results):
         parts.append(
             f"## Tuning\n\nReward gain at tuning; the best of each row is used.\n\n{tuning_table(runs, rows)}"
         )
-    for part, title in (("grid", "Grid: foreign pairs"), ("own", "The base model's own samples")):
+    titles = {
+        "grid": "Grid: foreign pairs, every row tuned",
+        "published": "The same learning rate and beta for every row: 1e-5 and 2000",
+        "own": "The base model's own samples, learning rate and beta of the grid",
+    }
+    for part, title in titles.items():
         names = [name for name in NAMES if name in runs.names(part)]
         if names:
             parts.append(f"## {title}\n\n{grid_table(runs, part, names)}\n\n{length_table(runs, part, names)}")
