@@ -351,6 +351,10 @@ def test_a_run_in_the_csv_is_not_run_again(tmp_path, monkeypatch):
     run_ablation.tune(lab)
     assert len(trained) == num_runs and len(read_csv(tmp_path / "runs.csv")) == num_runs + 1  # and the base
     best = dataclasses.replace(ROWS["every_soft"], learning_rate=3e-5, beta=200.0)
+    rows = read_csv(tmp_path / "runs.csv")
+    lines = make_tables.tuning_table(Runs(rows), rows).splitlines()
+    place = [cell.strip() for cell in lines[0].split("|")].index("lr 3e-05, beta 200")
+    assert [line.split("|")[place].strip() for line in lines[2:]] == ["**+50.0**"] * 2
     assert lab.tuned("every_soft") == best
     run_ablation.grid(lab)
     assert len(trained) == num_runs + 2 * len(run_ablation.SEEDS) and best in trained[num_runs:]

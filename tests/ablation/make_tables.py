@@ -209,21 +209,20 @@ def largest_spread(rows, keys=("std_tau", "distance", "round_trip")):
 
 
 def tuning_table(runs, rows):
+    """Reward gain of every row at every learning rate and beta that were tried, the best in bold."""
+    tried = {}
+    for row in rows:
+        if row["part"] == "tune":
+            gain = float(row["reward"]) - float(runs.base[row["prompts"], row["seed"]]["reward"])
+            tried.setdefault(row["name"], {})[float(row["learning_rate"]), float(row["beta"])] = gain
+    settings = sorted({setting for gains in tried.values() for setting in gains}, key=lambda s: s[::-1])
     lines = []
-    for name in runs.names("tune"):
-        tried = [row for row in rows if row["part"] == "tune" and row["name"] == name]
-        rates, betas = (sorted({float(row[key]) for row in tried}) for key in ("learning_rate", "beta"))
-        base = float(runs.base[tried[0]["prompts"], tried[0]["seed"]]["reward"])
-        gains = {(float(r["learning_rate"]), float(r["beta"])): float(r["reward"]) - base for r in tried}
-        best = max(gains, key=gains.get)
-        cells = []
-        for beta in betas:
-            for rate in rates:
-                text = f"{gains[rate, beta]:+.2f}" if (rate, beta) in gains else ""
-                cells.append(f"**{text}**" if (rate, beta) == best else text)
-        lines.append([NAMES.get(name, name), *cells])
-    header = [f"lr {rate:g}, beta {beta:g}" for beta in betas for rate in rates]
-    return table(["row", *header], lines)
+    for name, gains in tried.items():
+        texts = [f"{gains[setting]:+.1f}" if setting in gains else "" for setting in settings]
+        best = settings.index(max(gains, key=gains.get))
+        texts[best] = f"**{texts[best]}**"
+        lines.append([NAMES.get(name, name), *texts])
+    return table(["row", *(f"lr {rate:g}, beta {beta:g}" for rate, beta in settings)], lines)
 
 
 def grid_table(runs, part, names):
