@@ -1,0 +1,372 @@
+"""The ablation trains as the scripts do, its rows are what they say, and its tables are rightly computed."""
+
+import dataclasses
+import math
+
+import bed as bed_module
+import make_tables
+import numpy as np
+import pytest
+import run_ablation
+import torch
+from bed import Bed, Pairs, Row, draw_batch, order_of, scene_of
+from conftest import TINY, train, train_flags
+from make_tables import (
+    Runs,
+    comparison_table,
+    few_table,
+    grid_table,
+    holm,
+    mean_interval,
+    paired,
+    t_quantile,
+    two_sided_p,
+)
+from released_inversion import released_inversion
+from run_ablation import ROWS, RUN_FIELDS, append_csv, key_of, read_csv
+from world import caption, random_scenes
+
+import train_smpo_sd15
+
+
+@pytest.fixture(scope="module")
+def bed():
+    return Bed()
+
+
+@pytest.fixture(scope="module")
+def policy(bed):
+    """The base model a little off."""
+    unet = bed.new_policy()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter += 0.02 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
+    return unet
+
+
+@pytest.fixture(scope="module")
+def batch(bed):
+    """Three pairs: x_0, prompts, timesteps, noise, labels."""
+    generator = torch.Generator().manual_seed(4)
+    x_0 = torch.randn(6, 4, 8, 8, generator=generator)
+    states = bed.embed([caption(scene) for scene in random_scenes(3, generator)]).repeat(2, 1, 1)
+    noise = torch.randn(3, 4, 8, 8, generator=generator).repeat(2, 1, 1, 1)
+    return x_0, states, torch.tensor([30, 420, 980]).repeat(2), noise, torch.tensor([0.9, 0.2, 0.6])
+
+
+@pytest.mark.parametrize(
+    "name, guidance", [("forward_hard", 1), ("ddim_hard", 1), ("last_soft", 1), ("last_hard", 3), ("every_soft", 1)]
+)
+def test_it_trains_as_the_script_does(name, guidance, bed, labels_path, tmp_path, monkeypatch):
+    """Three optimiser steps on four pairs have the losses that the script logs."""
+    row = dataclasses.replace(ROWS[name], guidance=float(guidance), learning_rate=3e-4)
+    inverting, num_pairs, num_steps = row.noising != "forward", 4, 3
+    flags = {
+        "labels_path": labels_path, "train_batch_size": num_pairs, "max_train_samples": num_pairs,
+        "max_train_steps": num_steps, "proportion_empty_prompts": 0, "learning_rate": row.learning_rate,
+        "noising": row.noising, "renoise_at": row.renoise_at if row.noising == "renoise" else None,
+        "num_inversion_steps": row.num_inversion_steps if inverting else None,
+        "inversion_guidance_scale": row.guidance if inverting else None, "gamma": row.gamma, "beta_dpo": row.beta,
+    }  # fmt: skip
+    if row.labels == "hard":
+        flags.update(labels_path=None, label_column="label_0")
+    logged = train(tmp_path / "run", **flags)["loss"]
+
+    args = train_smpo_sd15.parse_args(train_flags(tmp_path / "again", **flags))
+    table = train_smpo_sd15.open_pairs(args)
+    rows, labels = train_smpo_sd15.select_pairs(table, args.labels_path, args)
+    chosen = np.sort(np.random.default_rng(args.seed).permutation(len(rows))[:num_pairs])
+    dataset = train_smpo_sd15.PairDataset(table, rows[chosen], labels[chosen], 1000, args)
+
+    def batch_of_step(pairs, labels, chosen, seed, step):
+        examples = [dataset[step - 1, i] for i in range(num_pairs)]
+        pixels = torch.stack([example["pixel_values"][k] for k in (0, 1) for example in examples])
+        seeds_0, seeds_1, noise_seeds = zip(*(example["seeds"] for example in examples))
+        x_0 = train_smpo_sd15.encode_images(pixels, bed.vae, 8, seeds_0 + seeds_1)
+        states = bed.embed([example["caption"] for example in examples]).repeat(2, 1, 1)
+        t = torch.tensor([example["timestep"] for example in examples]).repeat(2)
+        noise = train_smpo_sd15.seeded_noise(noise_seeds, x_0.shape[1:]).repeat(2, 1, 1, 1)
+        return x_0, states, t, noise, torch.tensor([example["soft_label_0"] for example in examples])
+
+    losses, loss_of = [], bed.loss
+
+    def kept_loss(*arguments):
+        loss, calls = loss_of(*arguments)
+        losses.append(loss.item())
+        return loss, calls
+
+    monkeypatch.setattr(bed, "loss", kept_loss)
+    monkeypatch.setattr(run_ablation, "draw_batch", batch_of_step)
+    monkeypatch.setattr(run_ablation, "PAIRS_PER_STEP", num_pairs)
+    monkeypatch.setattr(run_ablation, "WARMUP_STEPS", 1)
+    pairs = Pairs(None, None, None, torch.zeros(num_pairs), torch.zeros(num_pairs))
+    steps = [step for step, *_ in run_ablation.train(bed, row, pairs, 0, num_steps, [1, 3], lambda unet: {})]
+    assert steps == [1, 3]
+    assert losses[0] == pytest.approx(math.log(2)) and abs(losses[-1] - losses[0]) > 0.01
+    assert losses == pytest.approx(logged, rel=1e-3)
+
+
+def test_forward_and_hard_is_diffusion_dpo(bed, policy, batch):
+    """Its published loss, in float64 from the predictions: -log sigmoid(-beta/2 (winner's gap - loser's gap))."""
+    x_0, states, t, noise, _ = batch
+    winner_0 = torch.tensor([True, False, True])
+    row = ROWS["forward_hard"]
+    assert (row.noising, row.gamma, row.labels) == ("forward", 1.0, "hard")
+    loss, calls = bed.loss(row, policy, (x_0, states, t, noise, winner_0.float()))
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = (1 - betas).cumprod(0)[t].view(-1, 1, 1, 1)
+    x_t = (alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise).float()
+    with torch.no_grad():
+        gaps = [(unet(x_t, t, states).sample.double() - noise).pow(2).mean((1, 2, 3)) for unet in (policy, bed.unet)]
+    gap_0, gap_1 = (gaps[0] - gaps[1]).chunk(2)
+    winner, loser = torch.where(winner_0, gap_0, gap_1), torch.where(winner_0, gap_1, gap_0)
+    expected = torch.log1p(torch.exp(row.beta / 2 * (winner - loser))).mean()
+    assert abs(float(expected) - math.log(2)) > 0.01
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    assert calls == 6 * 4
+
+
+def test_every_row_reaches_x_t_as_it_says(bed, policy, batch):
+    x_0, states, t, noise, _ = batch
+
+    def predict(x, timesteps, rows):
+        return policy(x, timesteps, states[rows]).sample
+
+    expected = {
+        "ddim_hard": train_smpo_sd15.invert(predict, x_0, t, bed.alpha_bar, 9, "ddim", "last_move"),
+        "last_hard": train_smpo_sd15.invert(predict, x_0, t, bed.alpha_bar, 9, "renoise", "last_move"),
+        "every_hard": train_smpo_sd15.invert(predict, x_0, t, bed.alpha_bar, 5, "renoise", "every_move"),
+        "released_hard": released_inversion(predict, x_0, t, bed.alpha_bar, 5),
+    }
+    moves = torch.tensor([1, 4, 9]), torch.tensor([1, 3, 5]), torch.tensor([2, 4, 5])
+    num_calls = dict(zip(expected, (moves[0].sum(), moves[0].sum() + 3, 2 * moves[1].sum(), 2 * moves[2].sum())))
+    with torch.no_grad():
+        reached = {name: bed.noised(ROWS[name], policy, x_0, states, t, noise) for name in expected}
+    for name, x_t in expected.items():
+        torch.testing.assert_close(reached[name][0], x_t, rtol=1e-4, atol=1e-4)
+        assert reached[name][1] == 2 * num_calls[name], name
+        soft = name.replace("hard", "soft")
+        if soft in ROWS:
+            assert ROWS[soft] == dataclasses.replace(ROWS[name], labels="soft", gamma=10.0)
+    for a in expected:
+        assert all(a == b or (expected[a] - expected[b]).abs().max() > 0.01 for b in expected)
+    guided = dataclasses.replace(ROWS["last_hard"], guidance=3.0)
+    with torch.no_grad():
+        assert bed.noised(guided, policy, x_0, states, t, noise)[1] == 2 * reached["last_hard"][1]
+
+
+def test_sampling_goes_back_where_a_fine_inversion_came_from(bed):
+    generator = torch.Generator().manual_seed(6)
+    prompts = bed.prompts(random_scenes(2, generator))
+    x_0 = bed.sample(bed.unet, prompts, 1, generator)
+    row = Row(num_inversion_steps=40, renoise_at="every_move")
+    with torch.no_grad():
+        for timesteps in ([999, 999], [500, 120]):
+            t = torch.tensor(timesteps)
+            x_t = bed.noised(row, bed.unet, x_0, prompts.states, t, None)[0]
+            back = bed.descend(bed.unet, x_t, prompts.states, 40, t)
+            assert (back - x_0).pow(2).mean().sqrt() < 0.1 < (x_t - x_0).pow(2).mean().sqrt()
+
+
+def test_scores(bed):
+    """The reward is the processor's and model's; a picture has no distance to itself, and both pictures count."""
+    generator = torch.Generator().manual_seed(7)
+    prompts = bed.prompts(random_scenes(3, generator))
+    base, pictures = bed.evaluate(bed.unet, prompts, seed=1)
+    same, again = bed.evaluate(bed.unet, prompts, 1, pictures)
+    assert same == {**base, "distance": 0.0} and torch.equal(pictures, again)
+    assert bed.evaluate(bed.unet, prompts, 2, pictures)[0]["distance"] > 0.01
+    pixels = bed.processor.image_processor(images=list((255 * pictures).round().byte()), return_tensors="pt")
+    images = train_smpo_sd15.embed_images(bed.reward, pixels["pixel_values"])
+    texts = train_smpo_sd15.embed_texts(bed.reward, bed.processor, [caption(scene) for scene in prompts.scenes])
+    assert base["reward"] == pytest.approx(
+        float(100 * (images.view(3, 2, -1) * texts[:, None]).sum(-1).mean()), abs=0.05
+    )
+    first, second = pictures[0::2], pictures[1::2]
+    assert base["diversity"] == pytest.approx(float((first - second).pow(2).flatten(1).mean(1).sqrt().mean()))
+
+
+def test_pairs_prompts_and_draws(bed):
+    train_captions, test_captions = (set(bed_module.read_captions(split)) for split in ("train", "test"))
+    report, tuning = (
+        {caption(scene) for scene in prompts.scenes} for prompts in (bed.report_prompts(), bed.tuning_prompts(8))
+    )
+    assert report == test_captions and len(tuning) == 8
+    assert not report & train_captions and not tuning & (train_captions | report)
+    for scene in random_scenes(20, torch.Generator().manual_seed(8)):
+        assert torch.equal(scene_of(caption(scene)), scene)
+
+    soft = torch.linspace(0.05, 0.95, 200)
+    pairs = Pairs(
+        torch.zeros(400, 4, 8, 8), torch.full((400, 4, 8, 8), 0.5), torch.zeros(200, 2, 2), soft, soft.round()
+    )
+    hard = pairs.labels("hard", 0)
+    assert torch.equal(hard, (soft > 0.5).float()) and torch.equal(pairs.labels("soft", 0), soft)
+    for share in (10, 30):
+        wrong = [(pairs.labels(f"hard_flip{share}", seed) != hard).float() for seed in (0, 1)]
+        assert all(abs(float(w.mean()) - share / 100) < 0.08 for w in wrong) and not torch.equal(*wrong)
+    order = order_of(200, 450, seed=0)
+    assert sorted(order[:200].tolist()) == sorted(order[200:400].tolist()) == list(range(200)) and len(order) == 450
+    x_0, _, t, noise, labels = draw_batch(pairs, soft, order[:50], seed=0, step=1)
+    assert (
+        torch.equal(noise[:50], noise[50:]) and torch.equal(t[:50], t[50:]) and torch.equal(labels, soft[order[:50]])
+    )
+    assert abs(float(x_0.std()) - 0.5) < 0.02 and not torch.equal(x_0[:50], x_0[50:])
+    assert not torch.equal(draw_batch(pairs, soft, order[:50], seed=0, step=2)[2], t)
+
+
+def test_the_gradient_of_the_reward_against_a_finite_difference(bed, monkeypatch):
+    """A small move along it raises the reward of the same samples by its length."""
+    monkeypatch.setattr(run_ablation, "REWARD_BATCHES", 2)
+    monkeypatch.setattr(run_ablation, "REWARD_IMAGES", 2)
+    gradient, agreement = run_ablation.reward_gradient(bed)
+    assert -1 < agreement < 1
+
+    def rewards_at(distance):
+        unet = bed.new_policy()
+        moves = (distance * gradient / gradient.norm()).split([p.numel() for p in unet.parameters()])
+        generator, total = torch.Generator().manual_seed(run_ablation.REWARD_SEED), 0
+        with torch.no_grad():
+            for parameter, move in zip(unet.parameters(), moves):
+                parameter += move.view_as(parameter)
+            for _ in range(2):
+                prompts = bed.prompts(random_scenes(2, generator))
+                latents = bed.sample(unet, prompts, 1, generator)
+                total += bed.rewards(bed.decode(latents), prompts, 1).mean().item()
+        return total
+
+    step = 1e-5
+    assert (rewards_at(step) - rewards_at(-step)) / (2 * step) == pytest.approx(gradient.norm().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["forward_hard", "last_hard"])
+def test_the_gradient_of_a_preference_is_that_of_the_loss(name, bed, batch):
+    """Policy and reference being equal, the loss is log 2 with a gradient of -beta gamma / 4 times the direction."""
+    x_0, states, t, noise, soft = batch
+    unet, row = bed.new_policy(), ROWS[name]
+    gradients, measured = run_ablation.preference_gradients(
+        bed, row, unet, x_0, states, t, noise, {"soft": soft, "hard": soft.round()}
+    )
+    for kind, soft_label_0 in {"soft": soft, "hard": soft.round()}.items():
+        loss, _ = bed.loss(row, unet, (x_0, states, t, noise, soft_label_0))
+        expected = run_ablation.flat(torch.autograd.grad(loss, list(unet.parameters())))
+        assert run_ablation.cosine(-gradients[kind], expected) > 0.999
+        scale = row.beta * row.gamma / 4
+        assert expected.norm().item() == pytest.approx(scale * gradients[kind].norm().item(), rel=1e-3)
+    assert run_ablation.cosine(gradients["soft"], gradients["hard"]) < 0.999
+    assert measured["residual"] > 0.05 and (name != "forward_hard" or abs(measured["std_tau"] - 1) < 0.1)
+
+
+def test_own_pairs_are_the_samplers(bed):
+    with torch.no_grad():
+        pairs, sampled = (bed.own_pairs(num_prompts=4, images_per_prompt=3, encode=encode) for encode in (True, False))
+    for some in (pairs, sampled):
+        assert len(some) == 4 * 3 and some.mean.shape == some.std.shape == (24, 4, 8, 8)
+        assert len(torch.unique(some.mean.flatten(1), dim=0)) == 4 * 3
+        assert torch.equal(some.soft, sampled.soft) and torch.equal(some.human, (some.soft > 0.5).float())
+    assert 1 / (1 + math.e) <= pairs.soft.min() < 0.5 < pairs.soft.max() <= math.e / (1 + math.e)
+    assert not sampled.std.any() and torch.allclose(pairs.std, torch.tensor(0.15), atol=0.01)
+    assert 0 < (pairs.mean - sampled.mean).abs().mean() < 0.3 * sampled.mean.std()
+
+
+def test_statistics_against_known_values():
+    """Quantiles and p-values of Student's t from printed tables; intervals against numpy; Holm by hand."""
+    for df, quantile in {1: 12.706, 2: 4.303, 4: 2.776, 10: 2.228, 30: 2.042}.items():
+        assert t_quantile(df) == pytest.approx(quantile, abs=1e-3)
+        assert two_sided_p(quantile, df) == pytest.approx(0.05, abs=1e-4)
+    assert two_sided_p(0, 4) == 1 and two_sided_p(-2.776, 4) == pytest.approx(0.05, abs=1e-4)
+    values = [1.0, 2.0, 4.0, 5.0, 9.0]
+    mean, half = mean_interval(values)
+    assert mean == np.mean(values) and half == pytest.approx(2.776445 * np.std(values, ddof=1) / 5**0.5)
+    a, b = {"0": 3.0, "1": 5.0, "2": 4.0, "9": 0.0}, {"2": 1.0, "0": 1.0, "1": 2.0}
+    difference = np.array([2.0, 3.0, 3.0])
+    mean, half, p = paired(a, b)
+    assert (mean, half) == pytest.approx((difference.mean(), 4.302653 * difference.std(ddof=1) / 3**0.5))
+    assert p == pytest.approx(two_sided_p(difference.mean() / (difference.std(ddof=1) / 3**0.5), 2))
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def made_up_runs(path):
+    """Base 40 + seed; the gains of each seed in the order of the seeds."""
+    gains = {("grid", "forward_hard"): [1, 2, 3], ("grid", "ddim_hard"): [2, 4, 6], ("grid", "last_soft"): [4, 4, 4],
+             ("hyper", "gamma 1"): [1, 3, None]}  # fmt: skip
+    rows = [
+        {"part": "base", "name": "base", "prompts": "report", "seed": s, "step": 0, "reward": 40.0 + s, "judge": -6.0}
+        for s in range(3)
+    ]
+    for (part, name), values in gains.items():
+        for seed, gain in enumerate(values):
+            if gain is None:
+                continue
+            scores = {"reward": 40.0 + seed + gain, "judge": -6.0 + 2 * gain, "accuracy": 0.5, "vividness": 0.6,
+                      "diversity": 0.2, "distance": 0.1}  # fmt: skip
+            about = {"part": part, "name": name, "pairs": "foreign", "prompts": "report", "seed": seed}
+            row = vars(Row(gamma=1.0 if part == "hyper" else 10.0))
+            rows += [{**about, **row, "step": step, "unet_calls": 100, **scores} for step in (16, 32)]
+    append_csv(path, RUN_FIELDS, rows)
+
+
+def test_tables_of_a_small_csv(tmp_path):
+    made_up_runs(tmp_path / "runs.csv")
+    runs = Runs(read_csv(tmp_path / "runs.csv"))
+    half = 4.302653 / 3**0.5
+    lines = grid_table(runs, "grid", ["forward_hard", "ddim_hard"]).splitlines()
+    assert len(lines) == 4  # the header's two, and 32 steps of either row
+    cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
+    assert cells[1:5] == ["32", "100", f"+4.00 ± {2 * half:.2f}", f"+8.00 ± {4 * half:.2f}"] and cells[-1] == "3"
+    by_name = {line.split("|")[1].strip(): line for line in comparison_table(runs, "grid").splitlines()[2:]}
+    assert set(by_name) == {"ddim_hard over forward_hard", "last_soft over forward_hard"}
+    p = two_sided_p(2 * 3**0.5, 2)  # both differences are 2 +- 1
+    assert f"| +2.00 ± {half:.2f} | {p:.3f} | {2 * p:.3f} |" in by_name["ddim_hard over forward_hard"]
+    lines = few_table(runs, "hyper", "last_soft", "gamma").splitlines()[2:]
+    assert lines[0].startswith("| gamma 1 | 100 | +2.00 (+1.00 to +3.00) |")
+    assert lines[1].startswith("| gamma 10 (as in the grid) | 100 | +4.00 (+4.00 to +4.00) |")  # of the same two seeds
+    make_tables.main(make_tables.parse_args(["--results", str(tmp_path)]))
+    assert "+4.00 ±" in (tmp_path / "tables.md").read_text() and (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_tables_in_the_repository_are_those_of_its_csvs():
+    assert make_tables.make_tables(make_tables.RESULTS) == (make_tables.RESULTS / "tables.md").read_text()
+    assert sum(path.stat().st_size for path in make_tables.RESULTS.iterdir()) < 1_000_000
+
+
+def test_a_run_in_the_csv_is_not_run_again(tmp_path, monkeypatch):
+    """And tuning takes the best of its row, by the reward."""
+    trained = []
+
+    def fake_train(bed, row, pairs, seed, steps, evaluate_at, evaluate):
+        trained.append(row)
+        reward = 50 - abs(row.learning_rate - 3e-5) * 1e5 - abs(row.beta - 200) / 1000
+        yield steps, 10 * steps, 1.0, {**dict.fromkeys(run_ablation.SCORES, 0.0), "reward": reward}
+
+    monkeypatch.setattr(run_ablation, "train", fake_train)
+    lab = run_ablation.Lab(tmp_path)
+    monkeypatch.setattr(lab, "base", lambda *_: (dict.fromkeys(run_ablation.SCORES, 0.0), None))
+    monkeypatch.setattr(lab, "pairs", lambda name: None)
+    monkeypatch.setattr(run_ablation, "ROWS", {name: ROWS[name] for name in ("forward_hard", "every_soft")})
+    num_runs = 2 * len(run_ablation.LEARNING_RATES) * len(run_ablation.BETAS)
+    run_ablation.tune(lab)
+    assert len(trained) == len(set(trained)) == num_runs
+    run_ablation.tune(lab)
+    assert len(trained) == num_runs and len(read_csv(tmp_path / "runs.csv")) == num_runs + 1  # and the base
+    best = dataclasses.replace(ROWS["every_soft"], learning_rate=3e-5, beta=200.0)
+    rows = read_csv(tmp_path / "runs.csv")
+    lines = make_tables.tuning_table(Runs(rows), rows).splitlines()
+    place = [cell.strip() for cell in lines[0].split("|")].index("lr 3e-05, beta 200")
+    assert [line.split("|")[place].strip() for line in lines[2:]] == ["**+50.0**"] * 2
+    assert lab.tuned("every_soft") == best
+    run_ablation.grid(lab)
+    assert len(trained) == num_runs + 2 * len(run_ablation.SEEDS) and best in trained[num_runs:]
+    assert key_of({"a": 1e-5, "b": 3}, ["a", "b"]) == ("1e-05", "3")
+
+
+def test_command_line(tmp_path):
+    args = run_ablation.parse_args(["tune", "grid", "--results", str(tmp_path), "--num_threads", "2"])
+    assert (args.parts, args.results, args.num_threads) == (["tune", "grid"], tmp_path, 2)
+    assert run_ablation.parse_args(["all"]).results == make_tables.parse_args([]).results == run_ablation.RESULTS
+    with pytest.raises(SystemExit):
+        run_ablation.parse_args(["nothing"])
+    with pytest.raises(SystemExit):
+        run_ablation.parse_args([])
+    assert (TINY / "sd15").exists()
