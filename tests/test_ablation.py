@@ -217,27 +217,109 @@ def test_pairs_prompts_and_draws(bed):
 
 
 def test_the_gradient_of_the_reward_against_a_finite_difference(bed, monkeypatch):
-    """A small move along it raises the reward of the same samples by its length."""
-    monkeypatch.setattr(run_ablation, "REWARD_BATCHES", 2)
-    monkeypatch.setattr(run_ablation, "REWARD_IMAGES", 2)
-    gradient, agreement = run_ablation.reward_gradient(bed)
-    assert -1 < agreement < 1
+    """A small move along a sample's gradient raises its reward by as much as the gradient is long."""
+    gradient = run_ablation.reward_gradient_of_sample(bed, bed.new_policy(), torch.Generator().manual_seed(9))
 
-    def rewards_at(distance):
-        unet = bed.new_policy()
+    def reward_at(distance):
+        unet, generator = bed.new_policy(), torch.Generator().manual_seed(9)
         moves = (distance * gradient / gradient.norm()).split([p.numel() for p in unet.parameters()])
-        generator, total = torch.Generator().manual_seed(run_ablation.REWARD_SEED), 0
         with torch.no_grad():
             for parameter, move in zip(unet.parameters(), moves):
                 parameter += move.view_as(parameter)
-            for _ in range(2):
-                prompts = bed.prompts(random_scenes(2, generator))
-                latents = bed.sample(unet, prompts, 1, generator)
-                total += bed.rewards(bed.decode(latents), prompts, 1).mean().item()
-        return total
+            prompts = bed.prompts(random_scenes(1, generator))
+            return bed.rewards(bed.decode(bed.sample(unet, prompts, 1, generator)), prompts, 1).item()
 
     step = 1e-5
-    assert (rewards_at(step) - rewards_at(-step)) / (2 * step) == pytest.approx(gradient.norm().item(), rel=0.05)
+    assert (reward_at(step) - reward_at(-step)) / (2 * step) == pytest.approx(gradient.norm().item(), rel=0.05)
+    monkeypatch.setattr(run_ablation, "REWARD_IMAGES", 2)
+    monkeypatch.setattr(run_ablation, "REWARD_SEED", 9)
+    directions = run_ablation.reward_gradients(bed)
+    torch.testing.assert_close(directions[0], gradient / gradient.norm(), rtol=1e-3, atol=1e-6)
+    assert directions[1].norm().item() == pytest.approx(1, rel=1e-4) and directions[0] @ directions[1] < 0.99
+
+
+def test_signal(bed, tmp_path, monkeypatch):
+    """With the pairs' own gradient for the reward's, every cosine of all timesteps is 1, and nothing is run twice."""
+    for name, value in {
+        "SIGNAL_BATCHES": 1,
+        "SIGNAL_PAIRS": 2,
+        "SIGNAL_ROWS": {"forward": ROWS["forward_hard"]},
+    }.items():
+        monkeypatch.setattr(run_ablation, name, value)
+    lab = run_ablation.Lab(tmp_path)
+    mean = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(10))
+    soft = torch.tensor([0.9, 0.2, 0.6, 0.3])
+    pairs = Pairs(mean, torch.zeros_like(mean), bed.embed(["a", "b", "c", "d"]), soft, soft.round())
+    monkeypatch.setattr(lab, "pairs", lambda name: pairs)
+    kept, preference_gradients = [], run_ablation.preference_gradients
+
+    def keep(*arguments):
+        assert arguments[5].shape == (4,) and arguments[5].min() // 250 == arguments[5].max() // 250  # the quarter
+        kept.append(preference_gradients(*arguments)[0]["hard"])
+        return preference_gradients(*arguments)
+
+    monkeypatch.setattr(run_ablation, "reward_gradients", lambda bed: torch.zeros(2, 1))
+    monkeypatch.setattr(run_ablation, "preference_gradients", keep)
+    with pytest.raises(RuntimeError):
+        run_ablation.signal(lab)  # has collected the gradients
+    total = sum(kept)
+    monkeypatch.setattr(
+        run_ablation, "reward_gradients", lambda bed: torch.stack([total, -0.5 * total]) / total.norm()
+    )
+    run_ablation.signal(lab)
+    rows = {(row["pairs"], row["bin"], row["labels"]): row for row in read_csv(tmp_path / "signal.csv")}
+    assert len(rows) == 2 * 5 * 2
+    assert float(rows["foreign", "all", "hard"]["cosine"]) == pytest.approx(0.25, abs=1e-3)
+    assert float(rows["foreign", "all", "hard"]["half"]) == pytest.approx(12.706 * 0.75, rel=1e-3)
+    lengths = {b: float(rows["foreign", str(b), "hard"]["norm"]) for b in range(4)}
+    assert lengths == pytest.approx({b: kept[b].norm().item() for b in range(4)}, rel=1e-3)
+    assert all(abs(float(rows["own", str(b), "soft"]["std_tau"]) - 1) < 0.15 for b in range(4))
+    run_ablation.signal(lab)
+    assert len(read_csv(tmp_path / "signal.csv")) == 2 * 5 * 2
+    text = make_tables.signal_table(read_csv(tmp_path / "signal.csv"), "foreign", "hard", "cosine")
+    assert text.splitlines()[2].startswith("| forward |") and text.splitlines()[2].endswith("| 0.250 ± 9.529 |")
+
+
+def test_ascent(bed, tmp_path, monkeypatch):
+    """The opposite labels take the step back, a random step is the one computed here, and nothing is run twice."""
+    for name, value in {
+        "SIGNAL_BATCHES": 1,
+        "SIGNAL_PAIRS": 2,
+        "ASCENT_IMAGES": 1,
+        "SIGNAL_ROWS": {"forward": ROWS["forward_hard"]},
+    }.items():
+        monkeypatch.setattr(run_ablation, name, value)
+    lab = run_ablation.Lab(tmp_path)
+    prompts = bed.prompts(random_scenes(3, torch.Generator().manual_seed(11)))
+    monkeypatch.setattr(type(lab.bed), "tuning_prompts", lambda self: prompts)
+    mean = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(12))
+    soft, states = torch.tensor([0.9, 0.2]), bed.embed(["a", "b"])
+    labels = {"foreign": soft, "own": 1 - soft}
+    monkeypatch.setattr(
+        lab, "pairs", lambda name: Pairs(mean, torch.zeros_like(mean), states, labels[name], labels[name].round())
+    )
+    run_ablation.ascent(lab)
+    rows = read_csv(tmp_path / "ascent.csv")
+    gains = {(row["pairs"], row["noising"], row["labels"]): float(row["gain"]) for row in rows}
+    assert len(gains) == len(rows) == 5
+    for kind in ("hard", "soft"):
+        assert gains["own", "forward", kind] == pytest.approx(-gains["foreign", "forward", kind], rel=1e-4) != 0
+
+    unet, scores = bed.new_policy(), []
+    weights = torch.nn.utils.parameters_to_vector(unet.parameters()).detach()
+    step = torch.randn(weights.shape, generator=torch.Generator().manual_seed(run_ablation.REWARD_SEED)).sign()
+    for sign in (1, -1):
+        torch.nn.utils.vector_to_parameters(weights + sign * 3e-4 * step, unet.parameters())
+        latents = bed.sample(unet, prompts, 1, torch.Generator().manual_seed(run_ablation.REWARD_SEED))
+        scores.append(bed.rewards(bed.decode(latents), prompts, 1).flatten())
+    gain = (scores[0] - scores[1]) / 2
+    (row,) = [row for row in rows if row["noising"] == "random"]
+    assert float(row["gain"]) == pytest.approx(gain.mean().item(), rel=1e-3, abs=1e-4)
+    assert float(row["error"]) == pytest.approx(gain.std().item() / math.sqrt(3), rel=1e-3)
+    run_ablation.ascent(lab)
+    assert len(read_csv(tmp_path / "ascent.csv")) == 5
+    text = make_tables.ascent_table(rows)
+    assert f"| {gains['foreign', 'forward', 'hard']:+.2f} ± " in text and "| a random step | " in text
 
 
 @pytest.mark.parametrize("name", ["forward_hard", "last_hard"])

@@ -304,30 +304,30 @@ def few_table(runs, part, base_name, field):
 
 
 def signal_table(rows, pairs, labels, score):
-    """Mean over the batches of each quarter of the timesteps and of all of them, with its interval."""
-    lines = []
-    for noising in dict.fromkeys(row["noising"] for row in rows if row["pairs"] == pairs):
-        cells = []
-        for b in ["0", "1", "2", "3", "all"]:
-            values = [
-                float(row[score])
-                for row in rows
-                if (row["pairs"], row["noising"], row["bin"], row["labels"]) == (pairs, noising, b, labels)
-                and row["batch"] != "all"
-                and row[score]
-            ]
-            cells.append(with_interval(values, 3))
-        whole = [
-            float(row["cosine"])
-            for row in rows
-            if (row["pairs"], row["noising"], row["bin"], row["batch"], row["labels"])
-            == (pairs, noising, "all", "all", labels)
-        ]
-        lines.append([SIGNAL_NAMES[noising], *cells, *([f"{whole[0]:.3f}"] if score == "cosine" else [])])
-    header = ["t in 0-249", "250-499", "500-749", "750-999", "all"] + (
-        ["all pairs together"] if score == "cosine" else []
-    )
-    return table([score if score != "std_tau" else "std(tau)", *header], lines)
+    """One score by noising and quarter of the timesteps; the cosine also of all of them, and with its interval."""
+    bins = ["0", "1", "2", "3"] + (["all"] if score == "cosine" else [])
+    cells = {}
+    for row in rows:
+        if (row["pairs"], row["labels"]) == (pairs, labels) and row["bin"] in bins:
+            text = f"{float(row[score]):.3f}" + (f" ± {float(row['half']):.3f}" if score == "cosine" else "")
+            cells.setdefault(row["noising"], {})[row["bin"]] = text
+    lines = [[SIGNAL_NAMES[name], *(found[b] for b in bins)] for name, found in cells.items()]
+    header = ["t in 0-249", "250-499", "500-749", "750-999", "all"][: len(bins)]
+    return table([{"std_tau": "std(tau)"}.get(score, score), *header], lines)
+
+
+def ascent_table(rows):
+    """Reward gained by a step along the gradient of each noising."""
+
+    def cell(pairs, name, kind):
+        found = [row for row in rows if (row["pairs"], row["noising"], row["labels"]) == (pairs, name, kind)]
+        return f"{float(found[0]['gain']):+.2f} ± {1.96 * float(found[0]['error']):.2f}" if found else ""
+
+    kinds = [(pairs, kind) for pairs in ("foreign", "own") for kind in ("hard", "soft")]
+    names = [name for name in SIGNAL_NAMES if any(row["noising"] == name for row in rows)]
+    lines = [[SIGNAL_NAMES[name], *(cell(pairs, name, kind) for pairs, kind in kinds)] for name in names]
+    lines.append(["a random step", cell("", "random", ""), *[""] * (len(kinds) - 1)])
+    return table(["along the gradient of", *(f"{pairs} pairs, {kind} labels" for pairs, kind in kinds)], lines)
 
 
 def make_tables(results):
@@ -359,14 +359,20 @@ def make_tables(results):
     signal = read_csv(results / "signal.csv")
     if signal:
         parts.append(
-            "## Signal at the base model\n\nCosine between the gradient of a batch of pairs and that of the reward, by timestep. The"
-            f" two halves of the reward's gradient have a cosine of {float(signal[0]['cosine']):.3f}."
+            "## Signal at the base model\n\nMean cosine between the gradient of the preference of 80 pairs and the directions in"
+            " which the rewards of the base's samples rise, with its interval over the samples."
         )
         for pairs in ("foreign", "own"):
             for kind in ("hard", "soft"):
                 parts.append(f"### Pairs: {pairs}, labels: {kind}\n\n{signal_table(signal, pairs, kind, 'cosine')}")
             for score in ("residual", "std_tau"):
                 parts.append(signal_table(signal, pairs, "hard", score))
+    ascent = read_csv(results / "ascent.csv")
+    if ascent:
+        parts.append(
+            "## What a step along each gradient does to the reward\n\nThe base's weights moved by 3e-4 each, in the direction of the"
+            f" sign of the gradient of 80 pairs: reward gained, and its 95 % interval over images.\n\n{ascent_table(ascent)}"
+        )
     for field in ("num_inversion_steps", "guidance", "gamma", "beta"):
         if text := few_table(runs, "hyper", "last_soft", field):
             parts.append(f"## Hyper-parameters of last_soft: {field}\n\n{text}")
@@ -422,26 +428,20 @@ def plot_signal(rows, path):
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, pairs in zip(axes, ("foreign", "own")):
-        for noising, color in zip(SIGNAL_NAMES, COLORS):
-            points = []
-            for b in range(4):
-                values = [
-                    float(row["cosine"])
-                    for row in rows
-                    if (row["pairs"], row["noising"], row["bin"], row["labels"]) == (pairs, noising, str(b), "hard")
-                    and row["batch"] != "all"
-                ]
-                points.append(mean_interval(values) if values else (math.nan, math.nan))
-            mean, half = np.array(points).T
-            axis.errorbar(
-                np.arange(4), mean, half, capsize=2, color=color, marker="o", ms=3, label=SIGNAL_NAMES[noising]
-            )
+        for i, (noising, color) in enumerate(zip(SIGNAL_NAMES, COLORS)):
+            chosen = [
+                row for row in rows
+                if (row["pairs"], row["noising"], row["labels"]) == (pairs, noising, "hard") and row["bin"] != "all"
+            ]  # fmt: skip
+            mean, half = ([float(row[key]) for row in chosen] for key in ("cosine", "half"))
+            places = np.arange(len(chosen)) + 0.06 * (i - 2.5)
+            axis.errorbar(places, mean, half, capsize=2, color=color, marker="o", ms=3, label=SIGNAL_NAMES[noising])
         axis.axhline(0, color="black", lw=0.5)
         axis.set_xticks(range(4), ["0-249", "250-499", "500-749", "750-999"])
         axis.set_xlabel("timesteps")
         axis.set_title(f"{pairs} pairs", fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("cosine with the reward's gradient")
+    axes[0].set_ylabel("cosine with the reward's gradients")
     axes[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=80)

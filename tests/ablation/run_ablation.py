@@ -14,7 +14,7 @@
 # limitations under the License.
 """Runs the ablation of SmPO-Diffusion on the tiny models, part by part, and appends every result to a CSV.
 
-    python tests/ablation/run_ablation.py all      # or some of: inversion tune grid signal published own hyper labels
+    python tests/ablation/run_ablation.py all      # or some of: inversion tune grid signal ascent published own hyper labels
     python tests/ablation/make_tables.py           # tables and plots of what is there
 
 A result that is in the CSV is not computed again, so a stopped run goes on where it was. `tune` chooses learning rate and
@@ -26,12 +26,13 @@ import csv
 import dataclasses
 import itertools
 import logging
+import math
 import time
 from pathlib import Path
 
 import torch
 from bed import Bed, Row, draw_batch, order_of, random_scenes, smpo
-from make_tables import EXTRA_STEPS, RESULTS, STEPS, read_csv
+from make_tables import EXTRA_STEPS, RESULTS, STEPS, mean_interval, read_csv
 from tqdm import tqdm
 
 
@@ -96,8 +97,10 @@ SIGNAL_ROWS = {
     "released": ROWS["released_hard"],
 }
 SIGNAL_BINS, SIGNAL_BATCHES, SIGNAL_PAIRS = 4, 5, 16  # of timesteps; batches of a bin; pairs of a batch
-REWARD_SEED, REWARD_BATCHES, REWARD_IMAGES = 3000, 16, 16
-SIGNAL_FIELDS = ["pairs", "noising", "bin", "batch", "labels", "cosine", "norm", "residual", "std_tau"]
+REWARD_SEED, REWARD_IMAGES = 3000, 192
+ASCENT_STEP, ASCENT_IMAGES = 3e-4, 4  # change of each weight; images of each of the tuning prompts
+ASCENT_FIELDS = ["pairs", "noising", "labels", "gain", "error"]
+SIGNAL_FIELDS = ["pairs", "noising", "bin", "labels", "cosine", "half", "norm", "residual", "std_tau"]
 INVERSION_FIELDS = ["pairs", "variant", "t", "seed", "unet_calls", "std_tau", "distance", "round_trip", "residual"]
 
 
@@ -319,57 +322,106 @@ def inversion(lab):
         append_csv(path, INVERSION_FIELDS, rows)
 
 
-def reward_gradient(bed):
-    """Gradient of the expected reward of samples with respect to the UNet, and how well two halves of it agree.
+def reward_gradient_of_sample(bed, unet, generator):
+    """Gradient with respect to the UNet of the reward of one sample for a new prompt, as one vector.
 
-    It goes through the labelling model, the decoder and all moves of the sampler, for new prompts.
-
-    Returns:
-        The gradient as one vector, and the cosine between those of the even and of the odd batches.
+    It goes through the labelling model, the decoder and all moves of the sampler.
     """
-    generator = torch.Generator().manual_seed(REWARD_SEED)
-    unet = bed.new_policy()
-    parameters, halves = list(unet.parameters()), [0, 0]
-    for i in tqdm(range(REWARD_BATCHES), desc="reward gradient"):
-        prompts = bed.prompts(random_scenes(REWARD_IMAGES, generator))
-        latents = bed.sample(unet, prompts, 1, generator, with_grad=True)
-        reward = bed.rewards(bed.decode(latents), prompts, 1).mean()
-        halves[i % 2] = halves[i % 2] + flat(torch.autograd.grad(reward, parameters))
-    return halves[0] + halves[1], cosine(*halves)
+    prompts = bed.prompts(random_scenes(1, generator))
+    latents = bed.sample(unet, prompts, 1, generator, with_grad=True)
+    return flat(torch.autograd.grad(bed.rewards(bed.decode(latents), prompts, 1).sum(), list(unet.parameters())))
+
+
+def reward_gradients(bed):
+    """Directions in which the rewards of the base model's samples rise, `[REWARD_IMAGES, parameters]`, each of length 1.
+
+    Their lengths differ so much that a few would drown the others in a mean.
+    """
+    generator, unet = torch.Generator().manual_seed(REWARD_SEED), bed.new_policy()
+    directions = []
+    for _ in tqdm(range(REWARD_IMAGES), desc="reward gradients"):
+        gradient = reward_gradient_of_sample(bed, unet, generator)
+        directions.append(gradient / gradient.norm())
+    return torch.stack(directions)
 
 
 def signal(lab):
-    """Where the gradient of each noising points, at the base model: its cosine with the gradient of the reward.
+    """Where the preference pushes the base model, for each noising: its cosine with the directions of `reward_gradients`.
 
-    The timesteps of bin b are drawn from that quarter of all; bin "all" is the sum over the bins, batch "all" over the
-    batches. `norm` is that of the gradient of the error gap, residual the RMS of the prediction minus tau.
+    The timesteps of bin b are drawn from that quarter of all; bin "all" is the sum over the bins. `cosine` is the mean over
+    the samples of the reward, `half` half of its 95 % interval, `norm` the length of the pairs' gradient, `residual` the RMS
+    of the prediction minus tau.
     """
     path, bed = lab.results / "signal.csv", lab.bed
     known = {key_of(row, ["pairs", "noising"]) for row in read_csv(path)}
     jobs = [job for job in itertools.product(["foreign", "own"], SIGNAL_ROWS) if job not in known]
     if not jobs:
         return
-    reward, agreement = reward_gradient(bed)
-    if not known:
-        append_csv(path, SIGNAL_FIELDS, [{"noising": "reward, half against half", "cosine": agreement}])
-    unet = bed.new_policy()
+    rewards, unet = reward_gradients(bed), bed.new_policy()
     for source, name in tqdm(jobs, desc="signal"):
         pairs, row = lab.pairs(source), SIGNAL_ROWS[name]
-        sums, rows = {}, []
+        sums, measured = {}, {}
         order = order_of(len(pairs), SIGNAL_BATCHES * SIGNAL_PAIRS, REWARD_SEED).split(SIGNAL_PAIRS)
         for (k, chosen), b in itertools.product(enumerate(order), range(SIGNAL_BINS)):
-            about = {"pairs": source, "noising": name}
             x_0, states, t, noise, _ = draw_batch(pairs, pairs.soft, chosen, REWARD_SEED, k)
             t = (b * len(bed.alpha_bar) + t) // SIGNAL_BINS
             kinds = {kind: pairs.labels(kind, 0)[chosen] for kind in ("hard", "soft")}
-            gradients, measured = preference_gradients(bed, row, unet, x_0, states, t, noise, kinds)
+            gradients, values = preference_gradients(bed, row, unet, x_0, states, t, noise, kinds)
+            measured.setdefault(b, []).append(values)
             for kind, gradient in gradients.items():
-                rows.append(direction(gradient, reward, {**about, **measured, "bin": b, "batch": k, "labels": kind}))
-                for key in [(b, "all", kind), ("all", k, kind), ("all", "all", kind)]:
+                for key in [(b, kind), ("all", kind)]:
                     sums[key] = sums.get(key, 0) + gradient
-        for (b, k, kind), gradient in sums.items():
-            rows.append(direction(gradient, reward, {**about, "bin": b, "batch": k, "labels": kind}))
+        rows = []
+        for (b, kind), gradient in sums.items():
+            mean, half = mean_interval(rewards @ (gradient / gradient.norm()))
+            row = {"pairs": source, "noising": name, "bin": b, "labels": kind, "norm": gradient.norm().item()}
+            for key in ("residual", "std_tau") if b != "all" else ():
+                row[key] = sum(values[key] for values in measured[b]) / len(measured[b])
+            rows.append({**row, "cosine": float(mean), "half": float(half)})
         append_csv(path, SIGNAL_FIELDS, rows)
+
+
+def ascent(lab):
+    """What a step along the gradient of each noising does to the reward: how much of a preference arrives.
+
+    The step is Adam's first: every weight by `ASCENT_STEP` in the direction of its gradient's sign. The gain is half of the
+    difference between a step forward and one back, for the same prompts and noise; its error that of the mean over images.
+    """
+    path, bed = lab.results / "ascent.csv", lab.bed
+    known = {key_of(row, ["pairs", "noising", "labels"]) for row in read_csv(path)}
+    prompts = bed.tuning_prompts()
+    weights = torch.nn.utils.parameters_to_vector(bed.unet.parameters())
+
+    def rewards(step):
+        unet = bed.new_policy().requires_grad_(False)
+        torch.nn.utils.vector_to_parameters(weights + step, unet.parameters())
+        generator = torch.Generator().manual_seed(REWARD_SEED)
+        images = bed.decode(bed.sample(unet, prompts, ASCENT_IMAGES, generator))
+        return bed.rewards(images, prompts, ASCENT_IMAGES)
+
+    def write(source, name, kind, direction):
+        step = ASCENT_STEP * direction.sign()
+        gains = (rewards(step) - rewards(-step)).flatten() / 2
+        error = gains.std() / math.sqrt(len(gains))
+        row = {"pairs": source, "noising": name, "labels": kind, "gain": gains.mean().item(), "error": error.item()}
+        append_csv(path, ASCENT_FIELDS, [row])
+
+    if ("", "random", "") not in known:
+        write("", "random", "", torch.randn(weights.shape, generator=torch.Generator().manual_seed(REWARD_SEED)))
+    for source, name in tqdm(list(itertools.product(["foreign", "own"], SIGNAL_ROWS)), desc="ascent"):
+        if {(source, name, "hard"), (source, name, "soft")} <= known:
+            continue
+        pairs, sums = lab.pairs(source), {"hard": 0, "soft": 0}
+        order = order_of(len(pairs), SIGNAL_BATCHES * SIGNAL_PAIRS, REWARD_SEED).split(SIGNAL_PAIRS)
+        for k, chosen in enumerate(order):
+            x_0, states, t, noise, _ = draw_batch(pairs, pairs.soft, chosen, REWARD_SEED, k)
+            kinds = {kind: pairs.labels(kind, 0)[chosen] for kind in sums}
+            gradients, _ = preference_gradients(bed, SIGNAL_ROWS[name], bed.new_policy(), x_0, states, t, noise, kinds)
+            for kind, gradient in gradients.items():
+                sums[kind] = sums[kind] + gradient
+        for kind, direction in sums.items():
+            if (source, name, kind) not in known:
+                write(source, name, kind, direction)
 
 
 def preference_gradients(bed, row, unet, x_0, states, t, noise, kinds):
@@ -403,10 +455,6 @@ def cosine(a, b):
     return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
 
 
-def direction(gradient, reward, about):
-    return {**about, "cosine": cosine(gradient, reward), "norm": gradient.norm().item()}
-
-
 def rms(x):
     return x.pow(2).mean().sqrt().item()
 
@@ -416,6 +464,7 @@ PARTS = {
     "tune": tune,
     "grid": grid,
     "signal": signal,
+    "ascent": ascent,
     "published": published,
     "own": own,
     "hyper": hyper,
