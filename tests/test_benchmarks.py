@@ -56,6 +56,16 @@ def test_the_slow_loop_gives_the_scores_of_the_fast_one(capsys):
     assert "| relabel_pickapic.py |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_training_speed_of_sdxl(tmp_path, monkeypatch):
+    """In half precision, with every idea taken away in its turn."""
+    command = ["--cases", "tiny-sdxl-lora", "--precision", "bf16", "--batch_sizes", "1", "2", "--num_pairs", "2"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_training.py", *command, "--output_dir", str(tmp_path)])
+    benchmark_training.main()
+    with open(tmp_path / "training.csv") as file:
+        assert [row["how"] for row in csv.DictReader(file)] == ["authors' recipe", "script", "script"]
+
+
 def test_training_speed_is_told_with_what_was_computed(tmp_path, monkeypatch, capsys):
     """Every pair at the timesteps that the script draws: UNet passes and phases of each way to train, counted by hand."""
     command = ["--cases", "tiny-full", "--batch_sizes", "2", "--num_pairs", "4", "--output_dir", tmp_path]
