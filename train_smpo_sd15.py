@@ -35,7 +35,7 @@
         --mixed_precision fp16 --train_batch_size 1 --gradient_accumulation_steps 128 \
         --learning_rate 1e-8 --scale_lr --lr_warmup_steps 100 --max_train_steps 200
 
-on 8 GPUs is the published recipe: 1024 pairs a step, 200 steps. `labels.parquet` comes from relabel_pickapic.py.
+on 8 GPUs has the published hyper-parameters: 1024 pairs a step, 200 steps. `labels.parquet` comes from relabel_pickapic.py.
 
 Diffusion-DPO noises the two images of a pair with random noise and asks which one the policy denoises better than the
 reference, taking a hard winner for granted. SmPO changes both ends: the noise is found by inverting the image with the
@@ -62,8 +62,8 @@ Where this parts from the authors' released code, on purpose:
  4. alpha_bar is never held in half precision (there sqrt(1 - alpha_bar) is off by 7 % at t = 0 and 1).
  5. The two images of a pair share one flip and one crop.
  6. A pair that cannot be read is replaced by the next one and counted; the others stay in step.
- 7. Every random draw belongs to (seed, epoch, pair), so a run is the same for any split into micro-batches and
-    processes, and a resumed run sees the data that it would have seen.
+ 7. Every random draw belongs to (seed, epoch, pair): a resumed run sees the data that it would have seen, and an epoch
+    is the same however it is split into micro-batches and processes (but with --streaming).
  8. Resuming is asked for, never silent, and goes on with the same run or not at all; a checkpoint is there whole or not.
 """
 
@@ -1180,6 +1180,7 @@ def select_pairs(pairs, labels_path, args):
     human_labels = np.full(len(pairs), np.nan)
     if args.human_label_column in columns:
         human_labels = column_as_labels(pairs, args.human_label_column)
+    labels = labels.astype(np.float32)
     unlabelled, undecided, tied = np.isnan(labels), labels == 0.5, human_labels == 0.5
     rows = np.flatnonzero(~(unlabelled | undecided | tied))
     logger.info(
@@ -1188,7 +1189,7 @@ def select_pairs(pairs, labels_path, args):
     )
     if not len(rows):
         raise ValueError(f"No pair of {args.dataset_name} is left to train on, see the counts above.")
-    return rows, labels[rows].astype(np.float32)
+    return rows, labels[rows]
 
 
 def hold_out(pairs, rows, share, args):
@@ -1319,7 +1320,7 @@ def cut_square(image, resolution, crop, mirror, interpolation):
         interpolation: one of `INTERPOLATION_MODES`.
 
     Returns:
-        float32 `[3, resolution, resolution]` in [-1, 1]; top and left edge of the square in the resized image, which is
+        uint8 `[3, resolution, resolution]`; top and left edge of the square in the resized image, which is
         mirrored as the square is.
     """
     scale = resolution / min(image.size)
@@ -1329,8 +1330,7 @@ def cut_square(image, resolution, crop, mirror, interpolation):
     image = image.crop((left, top, left + resolution, top + resolution))
     if mirror:
         image, left = ImageOps.mirror(image), size[0] - resolution - left
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()
-    return pixels, (top, left)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), (top, left)
 
 
 def image_conditions(original_size, top_left, resolution):
@@ -1339,7 +1339,7 @@ def image_conditions(original_size, top_left, resolution):
 
 
 def collate_pairs(examples):
-    """B pairs as one batch: `pixel_values` `[2B, 3, H, W]` and each of `image_cond` `[2B, ...]`, images 0 first; B of
+    """B pairs as one batch: `pixel_values` uint8 `[2B, 3, H, W]` and each of `image_cond` `[2B, ...]`, images 0 first; B of
     everything else."""
 
     def of_images(values):
@@ -1685,7 +1685,7 @@ def encode_images(pixel_values, vae, batch_size, seeds):
     """Scaled latents x_0 of images, a sample of the VAE's posterior, `batch_size` of them at a time.
 
     Args:
-        pixel_values: `[N, 3, H, W]` in [-1, 1].
+        pixel_values: uint8 `[N, 3, H, W]`; the VAE sees them in [-1, 1].
         vae: the VAE.
         batch_size: how many images it encodes at a time.
         seeds: of each image's draw from the posterior, N integers.
@@ -1693,8 +1693,10 @@ def encode_images(pixel_values, vae, batch_size, seeds):
     Returns:
         fp32 `[N, 4, H / 8, W / 8]`.
     """
-    pixel_values = pixel_values.to(vae.device, non_blocking=True).to(vae.dtype)
-    posteriors = [vae.encode(images).latent_dist for images in pixel_values.split(batch_size)]
+    pixel_values = pixel_values.to(vae.device, non_blocking=True)
+    posteriors = [
+        vae.encode((images.float() / 127.5 - 1).to(vae.dtype)).latent_dist for images in pixel_values.split(batch_size)
+    ]
     mean = torch.cat([posterior.mean for posterior in posteriors]).float()
     std = torch.cat([posterior.std for posterior in posteriors]).float()
     noise = seeded_noise(seeds, mean.shape[1:]).to(mean.device)
@@ -1875,6 +1877,7 @@ def find_checkpoints(output_dir):
 def save_lora(unet, folder):
     """Writes the LoRA of a UNet as `pytorch_lora_weights.safetensors`, which any diffusers pipeline loads."""
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    layers = {name: value.contiguous() for name, value in layers.items()}  # convolutions may be channels_last
     metadata = _collate_lora_metadata({"unet": unet})  # holds lora_alpha; without it a loader takes alpha = rank
     PIPELINE.save_lora_weights(folder, unet_lora_layers=layers, **metadata)
 
@@ -1925,6 +1928,19 @@ def plain_unet(accelerator, model):
         plain = UNet2DConditionModel.from_config(unet.config)
     plain.load_state_dict(state_dict, assign=True)
     return plain
+
+
+def follow_layout(optimizer):
+    """Gives the loaded state of an AdamW the memory layout of its parameters, as its fused step takes for granted.
+
+    The two differ if the run was saved in another precision, see `set_up_unets`.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def register_checkpoint_hooks(accelerator, args):
@@ -2501,6 +2517,7 @@ def set_up_unets(accelerator, models, weight_dtype, args):
             network.to(memory_format=torch.channels_last)  # in which convolutions in half precision are fastest
     if args.compile:
         torch._dynamo.config.cache_size_limit = 64  # widths, with and without gradient, policy and reference: over 8
+        torch._inductor.config.emulate_precision_casts = True  # or policy and reference would round differently
         for network in filter(None, (unet, ref_unet)):
             network.compile_repeated_blocks()
     return ref_unet
@@ -2539,6 +2556,12 @@ def main(args):
         power=args.lr_power,
     )
     num_parameters = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+
+    def autocast():  # accelerator.autocast() does nothing under DeepSpeed
+        return torch.autocast(accelerator.device.type, weight_dtype, enabled=weight_dtype != torch.float32)
+
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        unet.forward = autocast()(unet.forward)  # the engine switches an autocast around it off
     unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
     parameters = [p for p in unet.parameters() if p.requires_grad]  # only now: FSDP replaces them
     models["unet"] = unet
@@ -2547,6 +2570,7 @@ def main(args):
     global_step = 0
     if args.resume_from_checkpoint is not None:
         accelerator.load_state(args.resume_from_checkpoint)
+        follow_layout(optimizer.optimizer)
         accelerator.step = 0  # checkpoints lie on optimiser steps, whatever the accumulation was or is
         global_step = step_of(args.resume_from_checkpoint)
     dataset = PairDataset(pairs, rows, soft_labels_0, len(alpha_bar), args)
@@ -2559,9 +2583,6 @@ def main(args):
     logger.info(f"Pairs: {len(rows)}; pairs per optimiser step: {pairs_per_step}")
     logger.info(f"Trained parameters: {num_parameters:,}; learning rate: {learning_rate:.4g}")
     logger.info(f"Optimiser steps: {max_train_steps}, from step {global_step}")
-
-    def autocast():  # accelerator.autocast() does nothing under DeepSpeed
-        return torch.autocast(accelerator.device.type, weight_dtype, enabled=weight_dtype != torch.float32)
 
     def calls_behind(num_calls):
         most = torch.tensor(num_calls, device=accelerator.device)

@@ -56,6 +56,35 @@ def test_the_slow_loop_gives_the_scores_of_the_fast_one(capsys):
     assert "| relabel_pickapic.py |" in capsys.readouterr().out
 
 
+def test_a_row_that_fails_costs_no_other(tmp_path, monkeypatch):
+    """Cases as they are come first; a case without AdamW has no row without its fusing; compilation is not begun late."""
+
+    def time(run, size, num_pairs, flags=(), **options):
+        if "--compile" in flags:
+            raise RuntimeError("no compiler |\nat all")
+        if size == 4:
+            raise torch.OutOfMemoryError
+        return {"pairs/s": float(size), "UNet forwards a pair": 10.0, "TFLOP/s": 1.0, "GiB": 2.0}
+
+    monkeypatch.setattr(benchmark_training.Run, "time", time)
+    monkeypatch.setattr(benchmark_training, "compare_precisions", lambda device: (0.0, 1.0))
+    for limit, compiled in ((540, ["compiled blocks"]), (100, [])):
+        command = ["--cases", "tiny-full", "tiny-lora", "--batch_sizes", "1", "2", "4", "--time_limit", limit]
+        command += ["--variants", "AdamW parameter by parameter", "compiled blocks", "--output_dir", tmp_path]
+        monkeypatch.setattr(sys, "argv", ["benchmark_training.py", *map(str, command)])
+        benchmark_training.main()
+        with open(tmp_path / "training.csv") as file:
+            rows = list(csv.DictReader(file))
+        as_it_is = ["authors' recipe", *["script"] * 3]
+        assert [row["how"] for row in rows] == 2 * as_it_is + ["AdamW parameter by parameter", *compiled]
+        assert [row["GiB"] for row in rows[:4]] == ["2.0", "2.0", "2.0", "OOM"] and rows[2]["ratio"] == "2.0"
+        assert rows[8]["pairs a micro-batch"] == "2"  # the largest that fits
+        assert not compiled or rows[9]["GiB"] == "RuntimeError: no compiler /"
+    assert not benchmark_training.applies("sdxl-full", "AdamW parameter by parameter", torch.bfloat16)
+    assert benchmark_training.applies("sd15-full", "no channels_last", torch.bfloat16)
+    assert not benchmark_training.applies("sd15-full", "no channels_last", torch.float32)
+
+
 @pytest.mark.slow
 def test_training_speed_of_sdxl(tmp_path, monkeypatch):
     command = ["--cases", "tiny-sdxl-lora", "--batch_sizes", "1", "2", "--num_pairs", "2"]

@@ -1,5 +1,6 @@
 """What makes a step fast changes nothing: micro-batches are inverted together, sorted by timestep, in whatever precision."""
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -12,6 +13,7 @@ import transformers
 from accelerate import PartialState
 from conftest import TINY, read_logs, train, train_flags, unet_weights
 from packaging import version
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_smpo_sd15
@@ -55,7 +57,8 @@ def plain_step(script, keys, args, dataset, models, alpha_bar):
     for key in keys:
         errors, pair = {}, dataset[key]
         for i in (0, 1):
-            posterior = models["vae"].encode(pair["pixel_values"][i][None].to(alpha_bar.dtype)).latent_dist
+            pixels = (pair["pixel_values"][i][None].float() / 127.5 - 1).to(alpha_bar.dtype)
+            posterior = models["vae"].encode(pixels).latent_dist
             generator = torch.Generator().manual_seed(pair["seeds"][i])
             noise = torch.randn(posterior.mean.shape[1:], generator=generator)
             x_0 = (posterior.mean + posterior.std * noise) * models["vae"].config.scaling_factor
@@ -214,6 +217,52 @@ def test_a_run_in_bf16_writes_what_any_loader_takes(tmp_path, labels_path):
     resumed = unet_weights(tmp_path / "broken")
     assert not [name for name, value in weights.items() if not torch.equal(value, resumed[name])]
     assert read_logs(tmp_path / "whole")["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_lora_of_convolutions_is_saved_in_half_precision(tmp_path, labels_path):
+    flags = {"labels_path": labels_path, "mixed_precision": "bf16", "rank": 2, "lora_layers": "conv1,to_q"}
+    train(tmp_path, output_kohya_format=True, **flags)
+    for name in ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"):
+        weights = load_file(tmp_path / name)
+        assert {value.shape[2:] for value in weights.values()} >= {(3, 3), (1, 1), ()}
+
+
+def test_loaded_state_has_the_layout_of_its_parameters():
+    """A convolution in channels_last saved and gone on with in the usual layout, against one that never stopped."""
+    torch.manual_seed(0)
+    going_on, images = torch.nn.Conv2d(4, 6, 3), torch.randn(3, 2, 4, 8, 8)
+
+    def step(conv, optimizer, i):
+        optimizer.zero_grad()
+        conv(images[i]).pow(2).mean().backward()
+        optimizer.step()
+
+    def new_optimizer(conv):
+        return torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
+
+    going_on.to(memory_format=torch.channels_last)
+    optimizer = new_optimizer(going_on)
+    step(going_on, optimizer, 0)
+    stopped = torch.nn.Conv2d(4, 6, 3)
+    stopped.load_state_dict(going_on.state_dict())
+    resumed = new_optimizer(stopped)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    (first, *_), (moment, *_) = stopped.parameters(), (state["exp_avg"] for state in resumed.state.values())
+    assert first.is_contiguous() and not moment.is_contiguous()
+    train_smpo_sd15.follow_layout(resumed)
+    for i in (1, 2):
+        step(going_on, optimizer, i)
+        step(stopped, resumed, i)
+    for one, other in zip(going_on.parameters(), stopped.parameters()):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_round_as_the_reference_does(tmp_path, labels_path):
+    """In half precision, with a UNet of its own for the reference and with the LoRA switched off."""
+    flags = {"labels_path": labels_path, "mixed_precision": "bf16", "compile": True}
+    for name, more in {"full": {}, "lora": {"rank": 4}}.items():
+        assert train(tmp_path / name, **flags, **more)["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ The step is the training scripts' with everything computed once that does not ch
 embedding of every prompt. What is left of a step is UNet calls.
 """
 
+import math
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ IMAGES_PER_PROMPT = 2  # of the evaluation; their distance is the diversity
 TUNING_PROMPTS_SEED = 1000
 OWN_SEED = 2000  # of the pairs drawn from the base model
 OWN_SAMPLING_STEPS = 20
+HALF_WAY = 500  # timestep
 BATCH = 64  # images in a UNet call without gradient
 
 
@@ -56,7 +58,7 @@ BATCH = 64  # images in a UNet call without gradient
 class Row:
     """One way to train: where x_t comes from, and what the label says."""
 
-    noising: str = "renoise"  # forward, ddim, renoise or released
+    noising: str = "renoise"  # forward, ddim, renoise, released, or renoise+REMEDY, see `Bed.noised`
     renoise_at: str = "last_move"
     num_inversion_steps: int = 9  # the number of levels of "released"
     guidance: float = 1.0
@@ -75,9 +77,18 @@ class Pairs:
     states: torch.Tensor  # embedded prompts, [P, 77, D]
     soft: torch.Tensor  # p_0 by the labelling model, [P]
     human: torch.Tensor  # 0 or 1, drawn by the judge, [P]
+    renders: torch.Tensor = None  # images that no model made, bool [2P]
 
     def __len__(self):
         return len(self.soft)
+
+    def __getitem__(self, chosen):
+        """The pairs where the mask `[P]` is true."""
+        images = chosen.repeat(2)
+        return Pairs(
+            self.mean[images], self.std[images], self.states[chosen], self.soft[chosen], self.human[chosen],
+            self.renders[images],
+        )  # fmt: skip
 
     def labels(self, kind, seed):
         """p_0 of every pair, float32 `[P]`. A share of the winners of "hard_flip*" is wrong, which ones depends on the seed."""
@@ -150,10 +161,12 @@ class Bed:
             for column in ("jpg_0", "jpg_1")
             for data in table[column]
         ]
-        mean, std = self.encode(torch.stack(pixels))
+        mean, std = self.encode(torch.stack(pixels) / 127.5 - 1)
         human = torch.tensor(table["label_0"], dtype=torch.float32)
         states = self.embed(list(table["caption"]))
-        return Pairs(mean, std, states, torch.from_numpy(soft), human)
+        sources = [*table["model_0"], *table["model_1"]]
+        renders = torch.tensor([source.startswith("render") for source in sources])
+        return Pairs(mean, std, states, torch.from_numpy(soft), human, renders)
 
     def own_pairs(self, num_prompts=200, images_per_prompt=3, encode=True):
         """Pairs that the base model sampled itself: all couples of a prompt's images, labelled by the labelling model.
@@ -274,8 +287,13 @@ class Bed:
     # One step
 
     def noised(self, row, unet, x_0, states, t, noise):
-        """x_t of `row` for latents `[N, ...]`, and the number of UNet calls, guidance counted twice, of one image each."""
+        """x_t of `row` for latents `[N, ...]`, and the number of UNet calls, guidance counted twice, of one image each.
+
+        What forward noise might mend in an inversion: "mixed" makes it half of the variance of tau, "above" and "below" take it
+        alone where t is at least HALF_WAY or less, and "first" for the first move.
+        """
         calls = 0
+        noising, _, remedy = row.noising.partition("+")
 
         def predict(x, timesteps, rows):
             nonlocal calls
@@ -287,12 +305,30 @@ class Bed:
             eps_uncond = smpo.predict_noise(unet, x, timesteps, {"encoder_hidden_states": uncond})
             return eps_uncond + row.guidance * (eps - eps_uncond)
 
-        if row.noising == "forward":
-            x_t = smpo.add_noise(x_0, noise, self.alpha_bar[t])
-        elif row.noising == "released":
-            x_t = released_inversion(predict, x_0, t, self.alpha_bar, row.num_inversion_steps)
-        else:
-            x_t = smpo.invert(predict, x_0, t, self.alpha_bar, row.num_inversion_steps, row.noising, row.renoise_at)
+        if noising == "released":
+            return released_inversion(predict, x_0, t, self.alpha_bar, row.num_inversion_steps), calls
+        num_steps = row.num_inversion_steps
+
+        def inverted(rows):
+            def predict_rows(x, timesteps, moving):
+                return predict(x, timesteps, rows[moving])
+
+            return smpo.invert(predict_rows, x_0[rows], t[rows], self.alpha_bar, num_steps, noising, row.renoise_at)
+
+        if noising != "forward" and not remedy:
+            return inverted(torch.arange(len(t))), calls
+        x_t = smpo.add_noise(x_0, noise, self.alpha_bar[t])
+        if remedy == "first":
+            levels = smpo.inversion_timesteps(t, num_steps, len(self.alpha_bar))[:, 1:]
+            x_t = climb(
+                predict, smpo.add_noise(x_0, noise, self.alpha_bar[levels[:, 0]]), levels, self.alpha_bar, "every"
+            )
+        elif remedy == "mixed":
+            tau = smpo.implied_noise(x_0, inverted(torch.arange(len(t))), self.alpha_bar[t])
+            x_t = smpo.add_noise(x_0, (tau + noise) / math.sqrt(2), self.alpha_bar[t])
+        elif remedy:
+            rows = ((t < HALF_WAY) == (remedy == "above")).nonzero()[:, 0]
+            x_t[rows] = inverted(rows) if len(rows) else x_t[rows]
         return x_t, calls
 
     def errors(self, row, unet, x_0, states, t, noise):
@@ -315,6 +351,26 @@ class Bed:
         x_0, states, t, noise, soft_label_0 = batch
         model_errors, ref_errors, calls = self.errors(row, unet, x_0, states, t, noise)
         return smpo.smpo_loss(model_errors, ref_errors, soft_label_0, row.beta, row.gamma)[0], calls
+
+
+@torch.no_grad()
+def climb(predict_noise, x, levels, alpha_bar, correction):
+    """DDIM moves along `levels` `[N, n + 1]` as of `inversion_timesteps`, every one of them redone with another prediction.
+
+    `correction` is "every" for the prediction at the move's destination, "mean" for its mean with that at the source.
+    """
+    alpha_bar, x = torch.cat([torch.ones(1), alpha_bar]), x.clone()
+    for source, destination in zip(levels.T[:-1], levels.T[1:]):
+        rows = (source < destination).nonzero()[:, 0]
+        if not len(rows):
+            break
+        s, d, x_s = source[rows], destination[rows], x[rows]
+        eps = predict_noise(x_s, s.clamp(min=0), rows)
+        x_d = smpo.ddim_move(x_s, eps, alpha_bar[s + 1], alpha_bar[d + 1])
+        eps_d = predict_noise(x_d, d, rows)
+        eps = {"every": eps_d, "mean": (eps + eps_d) / 2}[correction]
+        x[rows] = smpo.ddim_move(x_s, eps, alpha_bar[s + 1], alpha_bar[d + 1])
+    return x
 
 
 def draw_batch(pairs, labels, chosen, seed, step, num_train_timesteps=1000):

@@ -14,11 +14,11 @@
 # limitations under the License.
 """Memory of training with the published configurations of SD1.5 and SDXL, counted on any machine or measured on a GPU.
 
-    python tests/benchmarks/benchmark_memory.py count
+    python tests/benchmarks/benchmark_memory.py count [--cases CASE ...] [-- FLAGS OF THE TRAINING SCRIPT]
     python tests/benchmarks/benchmark_memory.py measure [--work_dir FOLDER] [-- FLAGS OF THE TRAINING SCRIPT]
 
 `count` needs no memory and no GPU: the networks hold fake tensors, which have shapes and no data, and the script's own
-`training_step`, backward pass, clipping and optimiser run on them twice, while every storage that is alive is added up. Norms
+`prepare_micro_batches`, `training_step`, backward pass, clipping and optimiser run on them twice, while every storage that is alive is added up. Norms
 run in fp32 as CUDA's autocast has them. What it leaves out: the CUDA context, the work space of cuDNN and the allocator's
 rounding.
 
@@ -132,7 +132,7 @@ def make_fake(network):
 
 
 def count(kind, resolution, flags):
-    """Peak bytes of an optimiser step of two micro-batches of one pair in bf16, and the bytes of its parts."""
+    """Peak bytes of an optimiser step of two batches, of a micro-batch of one pair each, in bf16, and the bytes of its parts."""
     script = importlib.import_module(f"train_smpo_{kind}")
     command = ["--pretrained_model_name_or_path", "none", "--dataset_name", "none", "--output_dir", "none"]
     command += ["--train_batch_size", "1"]
@@ -165,9 +165,7 @@ def count(kind, resolution, flags):
         )
         parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         optimizer = script.make_optimizer(parameters, 1e-5, args)
-        if isinstance(optimizer, torch.optim.AdamW):
-            optimizer.param_groups[0]["foreach"] = True  # the default on a GPU
-        pixels = torch.zeros(3, resolution, resolution)
+        pixels = torch.zeros(3, resolution, resolution, dtype=torch.uint8)
         example = {
             "pixel_values": [pixels] * 2, "caption": "a red circle", "soft_label_0": 0.9, "timestep": 999,
             "seeds": [1, 2, 3], "problems": [],
@@ -186,8 +184,9 @@ def count(kind, resolution, flags):
             mock.patch.object(functional, "layer_norm", in_float32(functional.layer_norm)),
         ):
             for _ in range(2):
-                batch = script.collate_pairs([example] * max(args.train_batch_size, args.inversion_batch_size))
-                for micro_batch in script.prepare_micro_batches(batch, models, alpha_bar, autocast, args)[:2]:
+                for _ in range(2):  # the second batch is inverted while there are gradients of the first
+                    batch = script.collate_pairs([example] * max(args.train_batch_size, args.inversion_batch_size))
+                    micro_batch, *_ = script.prepare_micro_batches(batch, models, alpha_bar, autocast, args)
                     loss, _ = script.training_step(micro_batch, unet, alpha_bar, autocast, args)
                     loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -244,25 +243,25 @@ def main():
     parser.add_argument("how", choices=["count", "measure"])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--work_dir", type=Path, default=Path(tempfile.gettempdir()) / "smpo-real-size")
-    parser.add_argument("flags", nargs="*", help="Further flags of the training script, after --.")
-    args = parser.parse_args()
+    command = sys.argv[1:] + ["--"]
+    own, further_flags = command[: command.index("--")], command[command.index("--") + 1 : -1]
+    args = parser.parse_args(own)
+    title = f"GiB, bf16, {' '.join(further_flags) or 'one pair a micro-batch'}"
     if args.how == "count":
         parts = ["UNet", "reference", "VAE, text", "gradients", "optimiser"]
-        print(
-            f"GiB, one pair a micro-batch, bf16\n\n| | pixels | {' | '.join(parts)} | the rest | peak | has to fit in |"
-        )
+        print(f"{title}\n\n| | pixels | {' | '.join(parts)} | the rest | peak | has to fit in |")
         print("|---" * (len(parts) + 5) + "|")
     else:
         where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU, at 64 pixels: resident memory"
-        print(f"GiB, one pair a micro-batch, bf16, on {where}\n\n| | pixels | peak | reserved |\n|---|---|---|---|")
+        print(f"{title}, on {where}\n\n| | pixels | peak | reserved |\n|---|---|---|---|")
     for name in args.cases:
         kind, resolution, target, flags = CASES[name]
         if args.how == "count":
-            peak, sizes = count(kind, resolution, flags + args.flags)
+            peak, sizes = count(kind, resolution, flags + further_flags)
             columns = [*(sizes[part] for part in parts), peak - sum(sizes.values()), peak]
             columns = [f"{column / GIB:.2f}" for column in columns] + [str(target or "")]
         else:
-            memory, error = measure(kind, resolution, flags, args.work_dir, args.flags)
+            memory, error = measure(kind, resolution, flags, args.work_dir, further_flags)
             columns = [error, ""] if error else [f"{memory[key] / GIB:.2f}" if memory[key] else "" for key in memory]
         print(f"| {name} | {resolution} | {' | '.join(columns)} |", flush=True)
 

@@ -18,8 +18,8 @@
     python tests/benchmarks/benchmark_training.py --cases tiny-full small-full --batch_sizes 1 4 16 --output_dir FOLDER   # CPU
 
 For every case and micro-batch size it runs the script's own data loading, `prepare_micro_batches`, `training_step`, backward
-pass and optimiser, and writes a table to FOLDER/training.md, and to training.csv, after every row. The rows before them are the
-same work done otherwise:
+pass and optimiser, and writes a table to FOLDER/training.md, and to training.csv, after every row. The other rows are the same
+work done otherwise, the authors' recipe first and the rest when all cases have been measured as they are:
 
 * the authors' recipe: one pair at a time on a fixed grid of levels cut at t, two UNet calls a level, weights in fp32 that each call
   rounds again, nothing compiled, a number read back after every pair (see `released_inversion.py`);
@@ -35,7 +35,9 @@ precision reaches here; TFLOP are counted by PyTorch, recomputed ones included.
 import argparse
 import copy
 import csv
+import gc
 import importlib
+import itertools
 import sys
 import time
 from dataclasses import dataclass, field
@@ -85,6 +87,7 @@ VARIANTS = {
     "compiled blocks": ("largest", {"flags": ["--compile"]}),  # the last: blocks stay compiled
 }
 HALF_PRECISION_ALONE = ["weights rounded at every call", "no channels_last"]
+COMPILE_SECONDS = 150  # at most, by a guess; so much before the limit no compilation starts
 REPEATS = {"cuda": 1, "cpu": 3}  # the median is taken, as CPUs have other things to do
 
 
@@ -158,7 +161,7 @@ class Run:
         self.args = self.parse(1, [])
         torch.manual_seed(0)
         with torch.device(device):
-            unet = make_unet(kind)
+            unet = make_unet(kind).to(device)  # a trained one comes to the CPU all the same
         self.models = {"unet": unet.train(), "ref_unet": None}
         if self.args.rank is None:
             self.models["ref_unet"] = self.rounded(copy.deepcopy(unet)).requires_grad_(False)
@@ -248,7 +251,7 @@ class Run:
         unet, parameters = self.models["unet"], [p for p in self.models["unet"].parameters() if p.requires_grad]
         optimizer = script.make_optimizer(parameters, 1e-9, args)
         if isinstance(optimizer, torch.optim.AdamW) and (released or not fused):
-            optimizer = torch.optim.AdamW(parameters, lr=1e-9)
+            optimizer = torch.optim.AdamW(parameters, lr=1e-9, foreach=False)
         calls_behind = None if round_once else lambda calls: 0  # as under FSDP, where nothing is kept between calls
         batches = self.batches(args, num_pairs)
 
@@ -421,42 +424,59 @@ def main():
         f" pair at a time, on the tiny trained model: loss off by {loss_difference:.1e}, cosine of the gradients {cosine:.4f}."
     )
     print(header, flush=True)
-    rows = []
-    for case in args.cases or ["sd15-full", "sdxl-full", "sd15-lora", "sdxl-lora"]:
-        sdxl = case.startswith("sdxl")
+    rows, released_rates, largest = [], {}, {}
+
+    def measure(run, case, how, size, num_pairs, options):
+        """Adds a row, with the reason in the place of the memory if there is none."""
+        row = {"case": case, "how": how, "pairs a micro-batch": size}
+        try:
+            numbers = run.time(size, num_pairs, **options)
+            throughput = numbers["pairs/s"] * numbers["UNet forwards a pair"]
+            if "released" in options:
+                released_rates[case] = throughput
+            row |= {**numbers, "ratio": throughput / released_rates[case] if case in released_rates else None}
+            row["of the matrix rate"] = numbers["TFLOP/s"] * 1e12 / rate
+            if how == "script":
+                largest[case] = size
+        except torch.OutOfMemoryError:
+            row["GiB"] = "OOM"
+        except Exception as error:  # of a compiler, say: the other rows are worth having
+            row["GiB"] = f"{type(error).__name__}: {error}".splitlines()[0][:100].replace("|", "/")
+        run.models["unet"].zero_grad()
+        rows.append(row)
+        lines = write_tables(rows, header, args.output_dir)
+        print("\n".join(lines[2:4] if len(rows) == 1 else []), lines[-1], sep="\n", flush=True)
+
+    cases = args.cases or ["sd15-full", "sdxl-full", "sd15-lora", "sdxl-lora"]
+    for variants, case in itertools.product((False, True), cases):
+        sdxl = "sdxl" in case
         sizes = args.batch_sizes or ([1, 4, 8, 16] if sdxl else [1, 4, 8, 16, 32])
         num_pairs = max(args.num_pairs or (16 if sdxl else 32), *sizes)
-        run, released_rate = None, None
-        plan = [("authors' recipe", 1, {"released": True})] + [("script", size, {}) for size in sizes]
-        plan += [(name, *VARIANTS[name]) for name in args.variants if not case.endswith("lora")]
-        fits = {"smallest": sizes[0], "largest": sizes[0]}
-        for how, size, options in plan:
-            if time.perf_counter() - start > args.time_limit:
-                print(f"{case}, {how}: left out, --time_limit is reached", flush=True)
+        plan = [("authors' recipe", 1, max(num_pairs // 4, 4), {"released": True})]
+        plan += [("script", size, num_pairs, {}) for size in sizes]
+        if variants:
+            places = {"smallest": sizes[0], "largest": largest.get(case, sizes[0])}
+            plan = [(name, places[VARIANTS[name][0]], num_pairs, VARIANTS[name][1]) for name in args.variants]
+            plan = [row for row in plan if applies(case, row[0], dtype)]
+        run = None
+        for how, size, pairs, options in plan:
+            left = args.time_limit - (time.perf_counter() - start)
+            if left < (COMPILE_SECONDS if how == "compiled blocks" else 0):
+                print(f"{case}, {how}: left out, --time_limit is near", flush=True)
                 continue
-            size = fits.get(size, size)
-            if how in HALF_PRECISION_ALONE and dtype == torch.float32:
-                continue
-            row = {"case": case, "how": how, "pairs a micro-batch": size}
-            try:
-                run = run or Run(case, device, dtype)
-                numbers = run.time(size, max(num_pairs // 4, 4) if "released" in options else num_pairs, **options)
-                throughput = numbers["pairs/s"] * numbers["UNet forwards a pair"]
-                released_rate = released_rate or throughput
-                row |= {**numbers, "ratio": throughput / released_rate}
-                row["of the matrix rate"] = numbers["TFLOP/s"] * 1e12 / rate
-                if how == "script":
-                    fits["largest"] = size
-            except torch.OutOfMemoryError:
-                row["GiB"] = "OOM"
-                run.models["unet"].zero_grad()
-                torch.cuda.empty_cache()
-            rows.append(row)
-            lines = write_tables(rows, header, args.output_dir)
-            print("\n".join(lines[2:4] if len(rows) == 1 else []), lines[-1], sep="\n", flush=True)
+            run = run or Run(case, device, dtype)
+            measure(run, case, how, size, pairs, options)
         del run
+        gc.collect()  # compiled blocks hold themselves
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def applies(case, how, dtype):
+    """Whether a row of `VARIANTS` differs from the script's in a case."""
+    if how == "AdamW parameter by parameter" and case == "sdxl-full":
+        return False  # it trains with Adafactor
+    return not case.endswith("lora") and (dtype != torch.float32 or how not in HALF_PRECISION_ALONE)
 
 
 if __name__ == "__main__":
