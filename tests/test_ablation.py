@@ -1,7 +1,9 @@
 """The ablation trains as the scripts do, its rows are what they say, and its tables are rightly computed."""
 
+import argparse
 import dataclasses
 import math
+import re
 
 import bed as bed_module
 import make_tables
@@ -156,6 +158,40 @@ def test_every_row_reaches_x_t_as_it_says(bed, policy, batch):
         assert bed.noised(guided, policy, x_0, states, t, noise)[1] == 2 * reached["last_hard"][1]
 
 
+def test_remedies_take_forward_noise_where_they_say(bed, policy, batch):
+    """Of the timesteps 30, 420 and 980 the last is above the half; 30 is reached in one move."""
+    x_0, states, t, noise, _ = batch
+    rows = {"inverted": Row(**run_ablation.EVERY), "forward": ROWS["forward_hard"], **run_ablation.REMEDIES}
+    with torch.no_grad():
+        found = {name: bed.noised(row, policy, x_0, states, t, noise) for name, row in rows.items()}
+        last = bed.noised(Row(), policy, x_0, states, t, noise)[0]
+    x = {name: x_t for name, (x_t, _) in found.items()}
+    above = t >= 500
+    for name, inverted in (("every", x["inverted"]), ("last", last)):
+        tau = train_smpo_sd15.implied_noise(x_0, inverted, bed.alpha_bar[t])
+        mixed = train_smpo_sd15.implied_noise(x_0, x[f"{name}_mixed"], bed.alpha_bar[t])
+        torch.testing.assert_close(mixed * 2**0.5, tau + noise, rtol=1e-3, atol=1e-3)
+        expected = torch.where(above.view(-1, 1, 1, 1), x["forward"], inverted)
+        torch.testing.assert_close(x[f"{name}_above"], expected, rtol=1e-4, atol=1e-4)
+    expected = torch.where(above.view(-1, 1, 1, 1), x["inverted"], x["forward"])
+    torch.testing.assert_close(x["every_below"], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(x["every_first"][t == 30], x["forward"][t == 30])
+    calls = {name: calls for name, (_, calls) in found.items()}
+    moves = {"inverted": 2 * (1 + 3 + 5), "every_above": 2 * (1 + 3), "every_below": 2 * 5, "every_first": 2 * (2 + 4)}
+    assert {name: calls[name] for name in moves} == {name: 2 * count for name, count in moves.items()}
+    assert calls["every_mixed"] == calls["inverted"] and calls["last_mixed"] == 2 * (1 + 4 + 9 + 3)
+
+    # From where the first move leads, every move is redone with the prediction at its end.
+    middle, levels = t == 420, train_smpo_sd15.inversion_timesteps(torch.tensor([420]), 5, 1000)[0, 1:4]
+    x_s = train_smpo_sd15.add_noise(x_0[middle], noise[middle], bed.alpha_bar[levels[0]])
+    with torch.no_grad():
+        for s, d in zip(levels[:-1], levels[1:]):
+            ends = bed.alpha_bar[s], bed.alpha_bar[d]
+            x_d = train_smpo_sd15.ddim_move(x_s, policy(x_s, s, states[middle]).sample, *ends)
+            x_s = train_smpo_sd15.ddim_move(x_s, policy(x_d, d, states[middle]).sample, *ends)
+    torch.testing.assert_close(x["every_first"][middle], x_s, rtol=1e-4, atol=1e-4)
+
+
 def test_sampling_goes_back_where_a_fine_inversion_came_from(bed):
     generator = torch.Generator().manual_seed(6)
     prompts = bed.prompts(random_scenes(2, generator))
@@ -286,7 +322,8 @@ def test_ascent(bed, tmp_path, monkeypatch):
         "SIGNAL_BATCHES": 1,
         "SIGNAL_PAIRS": 2,
         "ASCENT_IMAGES": 1,
-        "SIGNAL_ROWS": {"forward": ROWS["forward_hard"]},
+        "ASCENT_ROWS": {"forward": ROWS["forward_hard"]},
+        "ASCENT_PAIRS": ["foreign", "own"],
     }.items():
         monkeypatch.setattr(run_ablation, name, value)
     lab = run_ablation.Lab(tmp_path)
@@ -318,8 +355,25 @@ def test_ascent(bed, tmp_path, monkeypatch):
     assert float(row["error"]) == pytest.approx(gain.std().item() / math.sqrt(3), rel=1e-3)
     run_ablation.ascent(lab)
     assert len(read_csv(tmp_path / "ascent.csv")) == 5
-    text = make_tables.ascent_table(rows)
+    text = make_tables.ascent_table(rows, [("foreign", "hard"), ("own", "soft"), ("foreign: renders", "hard")])
+    assert "| foreign pairs, hard labels | own pairs, soft labels | renders pairs, hard labels |" in text
     assert f"| {gains['foreign', 'forward', 'hard']:+.2f} ± " in text and "| a random step | " in text
+
+
+def test_foreign_pairs_by_their_sources(monkeypatch):
+    """Of three pairs one is of two renders, one of one, and one of none; what belongs to a pair stays together."""
+    numbers = torch.arange(6.0)
+    pairs = Pairs(
+        numbers, 10 * numbers, numbers[:3], numbers[:3] / 10, numbers[:3].round(),
+        torch.tensor([True, False, False, True, True, False]),
+    )  # fmt: skip
+    lab = run_ablation.Lab.__new__(run_ablation.Lab)
+    monkeypatch.setattr(lab, "pairs", lambda name: pairs, raising=False)
+    for num_renders, i in ((2, 0), (1, 1), (0, 2)):
+        chosen = lab.foreign_pairs_of(num_renders)
+        assert chosen.mean.tolist() == [i, i + 3] and chosen.std.tolist() == [10 * i, 10 * i + 30]
+        assert chosen.states.tolist() == [i] and chosen.soft.tolist() == pytest.approx([i / 10])
+        assert len(chosen) == 1 and chosen.renders.sum() == num_renders
 
 
 @pytest.mark.parametrize("name", ["forward_hard", "last_hard"])
@@ -398,18 +452,26 @@ def test_tables_of_a_small_csv(tmp_path):
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     assert cells[1:5] == ["32", "100", f"+4.00 ± {2 * half:.2f}", f"+8.00 ± {4 * half:.2f}"] and cells[-1] == "3"
     by_name = {line.split("|")[1].strip(): line for line in comparison_table(runs, "grid").splitlines()[2:]}
-    assert set(by_name) == {"ddim_hard over forward_hard", "last_soft over forward_hard"}
+    assert set(by_name) == {"DDIM over forward", "last of 9, soft over forward"}
     p = two_sided_p(2 * 3**0.5, 2)  # both differences are 2 +- 1
-    assert f"| +2.00 ± {half:.2f} | {p:.3f} | {2 * p:.3f} |" in by_name["ddim_hard over forward_hard"]
+    assert f"| +2.00 ± {half:.2f} | {p:.3f} | {2 * p:.3f} |" in by_name["DDIM over forward"]
     lines = few_table(runs, "hyper", "last_soft", "gamma").splitlines()[2:]
-    assert lines[0].startswith("| gamma 1 | 100 | +2.00 (+1.00 to +3.00) |")
-    assert lines[1].startswith("| gamma 10 (as in the grid) | 100 | +4.00 (+4.00 to +4.00) |")  # of the same two seeds
+    t, t_judge = 12.706, 2 * 12.706  # half an interval of gains 1 apart from their mean, of two seeds
+    assert lines[0].startswith(
+        f"| gamma 1 | 100 | +2.00 ± {t:.2f} | +4.00 ± {t_judge:.2f} | 0.100 | -2.00 ± {t:.2f} | 0.295 |"
+    )
+    assert lines[1].startswith(
+        "| gamma 10 (as in the grid) | 100 | +4.00 ± 0.00 | +8.00 ± 0.00 |"
+    )  # the same two seeds
     make_tables.main(make_tables.parse_args(["--results", str(tmp_path)]))
     assert "+4.00 ±" in (tmp_path / "tables.md").read_text() and (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_tables_in_the_repository_are_those_of_its_csvs():
     assert make_tables.make_tables(make_tables.RESULTS) == (make_tables.RESULTS / "tables.md").read_text()
+    readme = make_tables.README.read_text()
+    assert make_tables.with_tables(readme, make_tables.RESULTS) == readme
+    assert set(re.findall("<!-- ablation: (.*) -->", readme)) == set(make_tables.readme_tables(make_tables.RESULTS))
     assert sum(path.stat().st_size for path in make_tables.RESULTS.iterdir()) < 1_000_000
 
 
@@ -427,11 +489,21 @@ def test_a_run_in_the_csv_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "base", lambda *_: (dict.fromkeys(run_ablation.SCORES, 0.0), None))
     monkeypatch.setattr(lab, "pairs", lambda name: None)
     monkeypatch.setattr(run_ablation, "ROWS", {name: ROWS[name] for name in ("forward_hard", "every_soft")})
-    num_runs = 2 * len(run_ablation.LEARNING_RATES) * len(run_ablation.BETAS)
+    num_settings = 2 * len(run_ablation.LEARNING_RATES) * len(run_ablation.BETAS)
+    num_seeds = len(run_ablation.TUNING_SEEDS)
+    num_runs = num_seeds * num_settings
+    lab.run(
+        "tune", "every_soft", dataclasses.replace(ROWS["every_soft"], learning_rate=1.0), run_ablation.TUNING_SEEDS[0]
+    )
+    with pytest.raises(SystemExit, match="every_soft is not tuned yet"):
+        lab.tuned("every_soft")
+    trained.clear()
     run_ablation.tune(lab)
-    assert len(trained) == len(set(trained)) == num_runs
+    assert len(trained) == num_runs and len(set(trained)) == num_settings
     run_ablation.tune(lab)
-    assert len(trained) == num_runs and len(read_csv(tmp_path / "runs.csv")) == num_runs + 1  # and the base
+    assert len(trained) == num_runs
+    num_rows = num_runs + 1 + num_seeds + 1  # with the row that was not tuned on all seeds, and the bases
+    assert len(read_csv(tmp_path / "runs.csv")) == num_rows
     best = dataclasses.replace(ROWS["every_soft"], learning_rate=3e-5, beta=200.0)
     rows = read_csv(tmp_path / "runs.csv")
     lines = make_tables.tuning_table(Runs(rows), rows).splitlines()
@@ -439,7 +511,10 @@ def test_a_run_in_the_csv_is_not_run_again(tmp_path, monkeypatch):
     assert [line.split("|")[place].strip() for line in lines[2:]] == ["**+50.0**"] * 2
     assert lab.tuned("every_soft") == best
     run_ablation.grid(lab)
-    assert len(trained) == num_runs + 2 * len(run_ablation.SEEDS) and best in trained[num_runs:]
+    assert len(trained) == num_runs + 2 * len(run_ablation.GRID_SEEDS) and best in trained[num_runs:]
+    assert list(run_ablation.Lab.jobs(argparse.Namespace(backwards=True), "x", [1, 2], "ab")) == [
+        (2, "b"), (2, "a"), (1, "b"), (1, "a")
+    ]  # fmt: skip
     assert key_of({"a": 1e-5, "b": 3}, ["a", "b"]) == ("1e-05", "3")
 
 

@@ -1,6 +1,7 @@
 """What the README shows works: command lines, configurations, snippets, flags, metrics and links are held against the code."""
 
 import importlib
+import math
 import os
 import re
 import shlex
@@ -12,9 +13,11 @@ from pathlib import Path
 import benchmark_flops
 import pyarrow.parquet as pq
 import pytest
+import run_ablation
+import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT, TINY, relabel, train
+from conftest import ROOT, TINY, relabel, train, train_sdxl
 from PIL import Image
 from readme_flags import BLOCK, parser_of, script_parser, with_tables
 from test_siblings import SCRIPTS
@@ -52,7 +55,8 @@ def parse(line, folder):
     for name in ("anime.json", "concept-art.json", "paintings.json", "photo.json", "prompts.txt"):
         (folder / name).write_text('["a red circle"]')
     for name in ("smpo-sd15", "smpo-sdxl"):
-        (folder / "tuned" / name).mkdir(parents=True)
+        (folder / "tuned" / name / "unet").mkdir(parents=True)
+        (folder / "tuned" / name / "unet" / "config.json").write_text("{}")
         (folder / "tuned" / name / "model_index.json").write_text("{}")
     if "--labels_path" in line:
         (folder / "labels.parquet").touch()
@@ -162,16 +166,28 @@ def test_own_pairs(tmp_path, monkeypatch):
     assert labels["valid"].to_pylist() == [True, True]
     assert labels["image_0_uid"][0] == labels["image_0_uid"][1] != labels["image_1_uid"][1]
     flags = {"rank": 2, "max_train_steps": 1, "train_batch_size": 2, "num_inversion_steps": 1, "gamma": 1}
-    assert train("out", dataset_name="my_pairs.parquet", labels_path="labels.parquet", **flags)["skipped_pairs"] == [0]
+    for labels in ({"labels_path": "labels.parquet"}, {"labels_path": None, "label_column": "label_0"}):
+        logs = train("-".join(labels), dataset_name="my_pairs.parquet", **labels, **flags)
+        assert logs["skipped_pairs"] == [0] and logs["loss"][0] == pytest.approx(math.log(2))
 
 
-def test_loading_the_tuned_model(tmp_path, monkeypatch):
+def test_loading_what_was_trained(sdxl, tmp_path, monkeypatch):
+    """A pipeline, and a LoRA with what ComfyUI reads, by the snippets; the LoRA changes what the UNet says."""
     monkeypatch.chdir(tmp_path)
     Path("smpo-sd15").symlink_to(TINY / "sd15")
-    (snippet,) = (block for block in blocks("python") if "from_pretrained" in block)
+    Path("stabilityai").mkdir()
+    Path("stabilityai/stable-diffusion-xl-base-1.0").symlink_to(sdxl)
+    flags = {"rank": 2, "max_train_steps": 1, "train_batch_size": 2, "num_inversion_steps": 1, "learning_rate": 0.1}
+    train_sdxl("my-lora", sdxl, label_column="label_0", gamma=1, output_kohya_format=True, **flags)
+    assert Path("my-lora/pytorch_lora_weights_kohya.safetensors").is_file()
+    lora, whole = (block for block in blocks("python") if "from_pretrained" in block)
     names = {}
-    exec(snippet, names)
+    exec(whole, names)
     assert names["pipeline"].unet.config.sample_size == 8
+    exec(lora, names)
+    unet = names["pipeline"].unet
+    assert unet.dtype == torch.float16 and unet.active_adapters() == ["default_0"]
+    assert any(p.abs().max() > 0 for name, p in unet.named_parameters() if "lora_B" in name)
 
 
 def test_make_targets(tmp_path):
@@ -218,10 +234,17 @@ def test_flags():
     assert with_tables(README) == README, "run `make fix-copies`"
     listed = [script for scripts, _ in re.findall(BLOCK, README, re.S) for script in scripts.split(", ")]
     assert sorted(listed) == sorted(SCRIPTS)
-    known = {"--help", "--repo-type", "--local-dir", "--logdir"}  # of `hf download` and tensorboard, too
+    known = {
+        "--help",
+        "--repo-type",
+        "--local-dir",
+        "--logdir",
+        "--shm-size",
+    }  # of `hf download`, tensorboard and docker, too
     for parser in (
         *map(script_parser, SCRIPTS), launch_command_parser(), parser_of(benchmark_flops.main),
         *(parser_of(importlib.import_module(f"benchmark_{name}").main) for name in ("relabel", "training")),
+        parser_of(run_ablation.parse_args),
     ):  # fmt: skip
         known.update(parser._option_string_actions)
     text = re.sub(r"^#SBATCH.*$", "", PROSE, flags=re.M) + (ROOT / "CONTRIBUTING.md").read_text()
@@ -270,7 +293,11 @@ def test_links_and_paths(name):
 
 def test_sections_and_citations():
     titles = [line for line in README.splitlines() if line.startswith("## ")]
-    assert len(titles) == len(set(titles)) and {"## Speed", "## Does the method work?"} <= set(titles)
+    assert len(titles) == len(set(titles)) and {
+        "## Speed",
+        "## Does the method work?",
+        "## A LoRA on your own pairs",
+    } <= set(titles)
     cited = set(re.findall(r"arXiv:(\d+\.\d+)", "".join(blocks("bibtex"))))
     assert cited == {"2506.02698", "2311.12908", "2305.01569", "2403.14602", "2503.18454"}
     numbered = re.findall(r"^ ?(\d+)\. ", README[README.index("## Where this parts") :].split("\n## ")[0], re.M)

@@ -16,20 +16,23 @@
 
     python tests/ablation/make_tables.py
 
-writes `tables.md`, `curves.png` and `signal.png` beside the CSVs. An interval is 95 % of Student's t over seeds. A gain is over
+writes `tables.md`, `curves.png` and `signal.png` beside the CSVs, and what the README shows of them. An interval is 95 % of Student's t over seeds. A gain is over
 the base model at the same seed, that is with the same prompts and initial noise, and a difference between two rows is taken seed
 by seed too.
 """
 
 import argparse
 import csv
+import functools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent.parent / "README.md"
 STEPS = 32  # of tuning and of the comparison
 EXTRA_STEPS = 80  # of forward noising: the UNet calls of 32 steps with 10 calls an image, at 4 calls an image
 NAMES = {
@@ -41,6 +44,22 @@ NAMES = {
     "every_soft": "+ smoothed labels, every one of 5 moves",
     "forward_soft": "forward, smoothed labels",
     "released_hard": "released code, 5 levels, hard",
+    "last_mixed_hard": "half random, half last of 9 moves, hard",
+    "every_mixed_hard": "half random, half every one of 5 moves, hard",
+    "last_mixed_soft": "half random, half last of 9 moves, smoothed labels",
+}
+SHORT_NAMES = {
+    "forward_hard": "forward",
+    "ddim_hard": "DDIM",
+    "last_hard": "last of 9",
+    "every_hard": "every one of 5",
+    "last_soft": "last of 9, soft",
+    "every_soft": "every one of 5, soft",
+    "forward_soft": "forward, soft",
+    "released_hard": "released code",
+    "last_mixed_hard": "half last of 9",
+    "every_mixed_hard": "half every one of 5",
+    "last_mixed_soft": "half last of 9, soft",
 }
 # (a, at its step, b, at its step): what a gains over b
 COMPARISONS = [
@@ -61,7 +80,15 @@ COMPARISONS = [
     ("every_soft", STEPS, "forward_soft", STEPS),
     ("every_soft", STEPS, "last_soft", STEPS),
     ("released_hard", STEPS, "every_hard", STEPS),
+    ("last_mixed_hard", STEPS, "last_hard", STEPS),
+    ("last_mixed_hard", STEPS, "forward_hard", STEPS),
+    ("last_mixed_hard", STEPS, "forward_hard", EXTRA_STEPS),
+    ("every_mixed_hard", STEPS, "every_hard", STEPS),
+    ("every_mixed_hard", STEPS, "forward_hard", STEPS),
+    ("last_mixed_soft", STEPS, "last_mixed_hard", STEPS),
+    ("last_mixed_soft", STEPS, "forward_soft", STEPS),
 ]
+HYPER_FIELDS = ["num_inversion_steps", "guidance", "gamma", "beta"]
 SIGNAL_NAMES = {
     "forward": "forward",
     "ddim": "DDIM, 9 moves",
@@ -69,6 +96,12 @@ SIGNAL_NAMES = {
     "every": "5 moves, every one corrected",
     "every_9": "9 moves, every one corrected",
     "released": "released code, 5 levels",
+    "last_mixed": "9 moves, last corrected, half random",
+    "every_mixed": "5 moves, every one corrected, half random",
+    "last_above": "9 moves, last corrected; random from t = 500",
+    "every_above": "5 moves, every one corrected; random from t = 500",
+    "every_below": "5 moves, every one corrected; random up to t = 499",
+    "every_first": "5 moves, every one corrected, the first random",
 }
 COLORS = ["#444444", "#1f77b4", "#2ca02c", "#9467bd", "#8fd08f", "#c9b3e0", "#aaaaaa", "#d62728", "#f2a0a0"]
 
@@ -87,6 +120,7 @@ def two_sided_p(t, df):
     return max(0.0, 1 - area(angle) / area(math.pi / 2))
 
 
+@functools.cache
 def t_quantile(df, confidence=0.95):
     """The t that |T| exceeds with probability 1 - confidence, by bisection."""
     low, high = 0.0, 1000.0
@@ -209,18 +243,25 @@ def largest_spread(rows, keys=("std_tau", "distance", "round_trip")):
 
 
 def tuning_table(runs, rows):
-    """Reward gain of every row at every learning rate and beta that were tried, the best in bold."""
+    """Mean reward gain of every row at every learning rate and beta, the best in bold; few seeds in brackets."""
     tried = {}
     for row in rows:
         if row["part"] == "tune":
             gain = float(row["reward"]) - float(runs.base[row["prompts"], row["seed"]]["reward"])
-            tried.setdefault(row["name"], {})[float(row["learning_rate"]), float(row["beta"])] = gain
+            setting = float(row["learning_rate"]), float(row["beta"])
+            tried.setdefault(row["name"], {}).setdefault(setting, {})[row["seed"]] = gain
     settings = sorted({setting for gains in tried.values() for setting in gains}, key=lambda s: s[::-1])
     lines = []
-    for name, gains in tried.items():
-        texts = [f"{gains[setting]:+.1f}" if setting in gains else "" for setting in settings]
-        best = settings.index(max(gains, key=gains.get))
-        texts[best] = f"**{texts[best]}**"
+    for name, by_seed in tried.items():
+        gains = {setting: list(found.values()) for setting, found in by_seed.items()}
+        most = max(len(found) for found in gains.values())
+        best = max((setting for setting in gains if len(gains[setting]) == most), key=lambda s: np.mean(gains[s]))
+        texts = [f"{np.mean(gains[setting]):+.1f}" if setting in gains else "" for setting in settings]
+        for i, setting in enumerate(settings):
+            if setting == best:
+                texts[i] = f"**{texts[i]}**"
+            elif texts[i] and len(gains[setting]) < most:
+                texts[i] = f"({texts[i]})"
         lines.append([NAMES.get(name, name), *texts])
     return table(["row", *(f"lr {rate:g}, beta {beta:g}" for rate, beta in settings)], lines)
 
@@ -254,6 +295,20 @@ def length_table(runs, part, names):
     return table(["reward gain after", *(f"{step} steps" for step in steps)], lines)
 
 
+def long_table(runs):
+    """Reward gain of every seed at several lengths, and the UNet calls of the last."""
+    names = [name for name in NAMES if name in runs.names("long")]
+    steps = sorted({step for name in names for step in runs.steps("long", name)})
+    lines = []
+    for name in names:
+        gains = [runs.of("long", name, step, "gain") for step in steps]
+        calls = np.mean(list(runs.of("long", name, steps[-1], "unet_calls").values()))
+        lines.append(
+            [NAMES[name], *(", ".join(f"{gain:+.1f}" for gain in found.values()) for found in gains), f"{calls:.0f}"]
+        )
+    return table(["reward gain after", *(f"{step} steps" for step in steps), "UNet calls"], lines)
+
+
 def comparison_table(runs, part):
     """Paired differences of reward and judge gain, with the p-value of the reward adjusted for their number."""
     found = []
@@ -269,14 +324,17 @@ def comparison_table(runs, part):
     for (a, step_a, b, step_b, reward, judge), p in zip(found, adjusted):
         at = f" ({step_a} and {step_b} steps)" if step_a != step_b else ""
         lines.append(
-            [f"{a} over {b}{at}", f"{reward[0]:+.2f} ± {reward[1]:.2f}", f"{reward[2]:.3f}", f"{p:.3f}",
+            [f"{SHORT_NAMES[a]} over {SHORT_NAMES[b]}{at}", f"{reward[0]:+.2f} ± {reward[1]:.2f}", f"{reward[2]:.3f}", f"{p:.3f}",
              f"{judge[0]:+.2f} ± {judge[1]:.2f}", f"{judge[2]:.3f}"]
         )  # fmt: skip
     return table(["difference", "reward", "p", "p, Holm", "judge", "p"], lines)
 
 
 def few_table(runs, part, base_name, field):
-    """One field varied: reward and judge gain, distance; the row it was varied from stands among them."""
+    """One field varied: reward and judge gain, distance; the row it was varied from stands among them, with the same seeds.
+
+    The last columns are the differences to that row, seed by seed.
+    """
     wanted = [name for name in runs.names(part) if name.startswith(field)]
     seeds = {seed for name in wanted for seed in runs.of(part, name, STEPS, "gain")}
     base_row = next((row for row in runs.rows if row["part"] == "grid" and row["name"] == base_name), None)
@@ -286,21 +344,24 @@ def few_table(runs, part, base_name, field):
     entries = [(name, part, name) for name in wanted] + [(f"{base_label} (as in the grid)", "grid", base_name)]
     if field:
         entries.sort(key=lambda entry: float(entry[0].split()[1]))
+
+    def of(source, name, score):
+        return {seed: value for seed, value in runs.of(source, name, STEPS, score).items() if seed in seeds}
+
     lines = []
     for label, source, name in entries:
-        cells = []
-        for score in ("gain", "judge_gain", "distance"):
-            values = [v for seed, v in runs.of(source, name, STEPS, score).items() if seed in seeds]
-            cells.append(
-                f"{np.mean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
-                if score != "distance"
-                else f"{np.mean(values):.3f}"
-            )
-        calls = np.mean([v for seed, v in runs.of(source, name, STEPS, "unet_calls").items() if seed in seeds])
-        lines.append([label, f"{calls:.0f}", *cells])
-    return table(
-        ["value", "UNet calls", "reward gain (lowest to highest seed)", "judge gain", "distance to base"], lines
-    )
+        gain = of(source, name, "gain")
+        cells = [f"{np.mean(list(of(source, name, 'unet_calls').values())):.0f}"]
+        cells += [
+            with_interval(gain.values(), sign=True),
+            with_interval(of(source, name, "judge_gain").values(), sign=True),
+        ]
+        cells += [f"{np.mean(list(of(source, name, 'distance').values())):.3f}"]
+        mean, half, p = paired(gain, of("grid", base_name, "gain"))
+        cells += [f"{mean:+.2f} ± {half:.2f}", f"{p:.3f}"] if source == part else ["", ""]
+        lines.append([label, *cells])
+    header = ["value", "UNet calls", "reward gain", "judge gain", "distance to base", "difference of reward", "p"]
+    return table(header, lines)
 
 
 def signal_table(rows, pairs, labels, score):
@@ -316,18 +377,24 @@ def signal_table(rows, pairs, labels, score):
     return table([{"std_tau": "std(tau)"}.get(score, score), *header], lines)
 
 
-def ascent_table(rows):
-    """Reward gained by a step along the gradient of each noising."""
+def ascent_table(rows, columns):
+    """Reward gained by a step along the gradient of each noising, for columns (pairs, labels)."""
+    found = {(row["pairs"], row["noising"], row["labels"]): row for row in rows}
 
-    def cell(pairs, name, kind):
-        found = [row for row in rows if (row["pairs"], row["noising"], row["labels"]) == (pairs, name, kind)]
-        return f"{float(found[0]['gain']):+.2f} ± {1.96 * float(found[0]['error']):.2f}" if found else ""
+    def cell(*key):
+        return f"{float(found[key]['gain']):+.2f} ± {1.96 * float(found[key]['error']):.2f}" if key in found else ""
 
-    kinds = [(pairs, kind) for pairs in ("foreign", "own") for kind in ("hard", "soft")]
-    names = [name for name in SIGNAL_NAMES if any(row["noising"] == name for row in rows)]
-    lines = [[SIGNAL_NAMES[name], *(cell(pairs, name, kind) for pairs, kind in kinds)] for name in names]
-    lines.append(["a random step", cell("", "random", ""), *[""] * (len(kinds) - 1)])
-    return table(["along the gradient of", *(f"{pairs} pairs, {kind} labels" for pairs, kind in kinds)], lines)
+    lines = [
+        [SIGNAL_NAMES[name], *(cell(pairs, name, kind) for pairs, kind in columns)]
+        for name in SIGNAL_NAMES
+        if any((pairs, name, kind) in found for pairs, kind in columns)
+    ]
+    lines.append(["a random step", cell("", "random", ""), *[""] * (len(columns) - 1)])
+    titles = [
+        f"{pairs} pairs, {kind} labels".replace("foreign: ", "").replace("each pairs", "each")
+        for pairs, kind in columns
+    ]
+    return table(["along the gradient of", *titles], lines)
 
 
 def make_tables(results):
@@ -344,7 +411,8 @@ def make_tables(results):
         parts += [f"### Pairs: {pairs}\n\n{inversion_table(inversion, pairs)}" for pairs in sources]
     if runs.names("tune"):
         parts.append(
-            f"## Tuning\n\nReward gain at tuning; the best of each row is used.\n\n{tuning_table(runs, rows)}"
+            "## Tuning\n\nMean reward gain at tuning; the best of each row is used. In brackets what was tried with fewer seeds.\n\n"
+            + tuning_table(runs, rows)
         )
     titles = {
         "grid": "Grid: foreign pairs, every row tuned",
@@ -371,14 +439,65 @@ def make_tables(results):
     if ascent:
         parts.append(
             "## What a step along each gradient does to the reward\n\nThe base's weights moved by 3e-4 each, in the direction of the"
-            f" sign of the gradient of 80 pairs: reward gained, and its 95 % interval over images.\n\n{ascent_table(ascent)}"
+            " sign of the gradient of 80 pairs: reward gained, and its 95 % interval over images."
         )
-    for field in ("num_inversion_steps", "guidance", "gamma", "beta"):
+        kinds = dict.fromkeys(row["pairs"] for row in ascent if row["pairs"])
+        parts.append(ascent_table(ascent, [(p, kind) for p in ("foreign", "own") for kind in ("hard", "soft")]))
+        parts.append(ascent_table(ascent, [(p, "hard") for p in kinds if p.startswith("foreign")]))
+    for field in HYPER_FIELDS:
         if text := few_table(runs, "hyper", "last_soft", field):
             parts.append(f"## Hyper-parameters of last_soft: {field}\n\n{text}")
     if text := few_table(runs, "labels", "last_hard", ""):
         parts.append(f"## Label noise (last of 9 moves)\n\n{text}")
+    if runs.names("long"):
+        parts.append(
+            f"## Longer: 32 pairs a step, learning rate 2e-5 and beta 2000 for every row, each seed\n\n{long_table(runs)}"
+        )
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# The README's excerpts
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def columns(text, *wanted):
+    """Some columns of a table, by their headings."""
+    lines = [cells_of(line) for line in text.splitlines()]
+    places = [lines[0].index(name) for name in wanted]
+    return table(wanted, [[line[place] for place in places] for line in lines[2:]])
+
+
+def readme_tables(results):
+    """What the README shows, by the name in its markers."""
+    runs, inversion, ascent = (
+        Runs(read_csv(results / "runs.csv")),
+        *map(read_csv, (results / "inversion.csv", results / "ascent.csv")),
+    )
+    grid = grid_table(runs, "grid", [name for name in NAMES if name in runs.names("grid")])
+    hyper = [few_table(runs, "hyper", "last_soft", field) for field in HYPER_FIELDS]
+    lines = [line for text in hyper for line in text.splitlines()[2:] if "as in the grid" not in line]
+    hyper = "\n".join([*hyper[0].splitlines()[:2], *lines])
+    few = ("value", "reward gain", "difference of reward", "p")
+    return {
+        "grid": columns(grid, "row", "steps", "UNet calls", "reward gain", "judge gain", "distance to base"),
+        "comparison": columns(comparison_table(runs, "grid"), "difference", "reward", "p", "p, Holm"),
+        "inversion": inversion_table(inversion, "foreign"),
+        "ascent": ascent_table(ascent, [(pairs, kind) for pairs in ("foreign", "own") for kind in ("hard", "soft")]),
+        "hyper": columns(hyper, *few),
+        "labels": columns(few_table(runs, "labels", "last_hard", ""), *few),
+        "long": long_table(runs),
+    }
+
+
+def with_tables(text, results):
+    """A README with its excerpts as the CSVs have them now; each stands between markers."""
+    for name, excerpt in readme_tables(results).items():
+        pattern = f"(<!-- ablation: {name} -->\n).*?(<!-- end of ablation -->)"
+        text = re.sub(pattern, lambda match: f"{match[1]}{excerpt}\n{match[2]}", text, flags=re.S)
+    return text
 
 
 # Plots
@@ -427,8 +546,9 @@ def plot_signal(rows, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    names = list(dict.fromkeys(row["noising"] for row in rows))
     for axis, pairs in zip(axes, ("foreign", "own")):
-        for i, (noising, color) in enumerate(zip(SIGNAL_NAMES, COLORS)):
+        for i, (noising, color) in enumerate(zip(names, COLORS)):
             chosen = [
                 row for row in rows
                 if (row["pairs"], row["noising"], row["labels"]) == (pairs, noising, "hard") and row["bin"] != "all"
@@ -456,6 +576,8 @@ def parse_args(input_args=None):
 
 def main(args):
     (args.results / "tables.md").write_text(make_tables(args.results))
+    if args.results == RESULTS:
+        README.write_text(with_tables(README.read_text(), args.results))
     runs, signal = Runs(read_csv(args.results / "runs.csv")), read_csv(args.results / "signal.csv")
     if not args.no_plots and runs.names("grid"):
         plot_curves(runs, args.results / "curves.png")

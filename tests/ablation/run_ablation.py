@@ -14,11 +14,12 @@
 # limitations under the License.
 """Runs the ablation of SmPO-Diffusion on the tiny models, part by part, and appends every result to a CSV.
 
-    python tests/ablation/run_ablation.py all      # or some of: inversion tune grid signal ascent published own hyper labels
+    python tests/ablation/run_ablation.py all      # or some of: inversion tune grid signal ascent published own hyper labels long
     python tests/ablation/make_tables.py           # tables and plots of what is there
 
-A result that is in the CSV is not computed again, so a stopped run goes on where it was. `tune` chooses learning rate and
-beta of every row with one seed and on prompts that are not reported; the parts after it take what it chose.
+A result that is in the CSV is not computed again, so a stopped run goes on where it was, and a second process with --backwards
+meets the first. `tune` chooses learning rate and beta of every row by the mean of some seeds, on prompts that are not reported;
+the parts after it take what it chose.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import time
 from pathlib import Path
 
 import torch
-from bed import Bed, Row, draw_batch, order_of, random_scenes, smpo
+from bed import Bed, Row, climb, draw_batch, order_of, random_scenes, smpo
 from make_tables import EXTRA_STEPS, RESULTS, STEPS, mean_interval, read_csv
 from tqdm import tqdm
 
@@ -40,11 +41,11 @@ PAIRS_PER_STEP = 8
 WARMUP_STEPS = 5
 MAX_GRAD_NORM = 1.0
 EVALUATED_STEPS = [8, 16, STEPS]
-TUNING_SEED = 100
-LEARNING_RATES, BETAS = [1e-5, 2e-5, 3e-5, 5e-5], [200.0, 2000.0]
-SEEDS = [0, 1, 2, 3, 4]
-OWN_SEEDS = [0, 1, 2]
-FEW_SEEDS = [0, 1]  # of the tables of hyper-parameters
+TUNING_SEEDS = [100, 101]
+LEARNING_RATES, BETAS = [1e-5, 2e-5, 3e-5, 5e-5, 7e-5], [200.0, 2000.0]
+GRID_SEEDS = list(range(10))
+SEEDS = list(range(5))  # of other parts
+PUBLISHED_SEEDS = [0, 1, 2]
 
 EVERY = {"renoise_at": "every_move", "num_inversion_steps": 5}
 ROWS = {
@@ -56,10 +57,21 @@ ROWS = {
     "every_soft": Row(labels="soft", gamma=10.0, **EVERY),
     "forward_soft": Row(noising="forward", labels="soft", gamma=10.0),
     "released_hard": Row(noising="released", num_inversion_steps=5),
+    "last_mixed_hard": Row(noising="renoise+mixed"),
+    "every_mixed_hard": Row(noising="renoise+mixed", **EVERY),
+    "last_mixed_soft": Row(noising="renoise+mixed", labels="soft", gamma=10.0),
+}
+REMEDIES = {  # forward noise where an inversion might need it, see `Bed.noised`
+    "last_mixed": ROWS["last_mixed_hard"],
+    "every_mixed": ROWS["every_mixed_hard"],
+    "last_above": Row(noising="renoise+above"),
+    "every_above": Row(noising="renoise+above", **EVERY),
+    "every_below": Row(noising="renoise+below", **EVERY),
+    "every_first": Row(noising="renoise+first", **EVERY),
 }
 PUBLISHED = {"learning_rate": 1e-5, "beta": 2000.0}  # for every row alike; the published rate is 1.024e-5
 PUBLISHED_ROWS = ["forward_hard", "ddim_hard", "last_hard", "every_hard"]
-OWN_ROWS = ["forward_hard", "ddim_hard", "last_hard", "every_hard"]
+OWN_ROWS = [*PUBLISHED_ROWS, "last_soft", "every_soft", "forward_soft", "released_hard"]
 HYPER = {  # of "last_soft" as tuned, one value changed at a time
     "num_inversion_steps": [3, 5, 19],
     "guidance": [3.0, 5.0],
@@ -67,6 +79,8 @@ HYPER = {  # of "last_soft" as tuned, one value changed at a time
     "beta": [200.0, 2000.0],
 }
 LABELS = ["hard_flip10", "hard_flip30", "human"]  # of "last_hard" as tuned
+LONG_ROWS, LONG, LONG_SEEDS = PUBLISHED_ROWS, {"learning_rate": 2e-5, "beta": 2000.0}, [0, 1]
+LONG_PAIRS_PER_STEP, LONG_STEPS = 32, [8, 16, 32, 64, 120]
 
 SCORES = ["reward", "judge", "accuracy", "vividness", "diversity", "distance"]
 ROW_FIELDS = [field.name for field in dataclasses.fields(Row)]
@@ -98,6 +112,8 @@ SIGNAL_ROWS = {
 }
 SIGNAL_BINS, SIGNAL_BATCHES, SIGNAL_PAIRS = 4, 5, 16  # of timesteps; batches of a bin; pairs of a batch
 REWARD_SEED, REWARD_IMAGES = 3000, 192
+ASCENT_ROWS = {**SIGNAL_ROWS, **REMEDIES}
+ASCENT_PAIRS = ["foreign", "own", "foreign: renders", "foreign: samples", "foreign: one of each"]
 ASCENT_STEP, ASCENT_IMAGES = 3e-4, 4  # change of each weight; images of each of the tuning prompts
 ASCENT_FIELDS = ["pairs", "noising", "labels", "gain", "error"]
 SIGNAL_FIELDS = ["pairs", "noising", "bin", "labels", "cosine", "half", "norm", "residual", "std_tau"]
@@ -126,16 +142,16 @@ def key_of(row, fields):
 # Training
 
 
-def train(bed, row, pairs, seed, steps, evaluate_at, evaluate):
+def train(bed, row, pairs, seed, steps, evaluate_at, evaluate, pairs_per_step=PAIRS_PER_STEP):
     """Trains the base model as `row` says, and yields (step, UNet calls so far, seconds of training, scores)."""
     unet = bed.new_policy()
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=row.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / WARMUP_STEPS))
     labels = pairs.labels(row.labels, seed)
-    order = order_of(len(pairs), steps * PAIRS_PER_STEP, seed)
+    order = order_of(len(pairs), steps * pairs_per_step, seed)
     unet_calls, seconds = 0, 0.0
-    for step, chosen in enumerate(tqdm(order.split(PAIRS_PER_STEP), desc="Steps", leave=False, mininterval=5), 1):
+    for step, chosen in enumerate(tqdm(order.split(pairs_per_step), desc="Steps", leave=False, mininterval=5), 1):
         started = time.perf_counter()
         loss, calls = bed.loss(row, unet, draw_batch(pairs, labels, chosen, seed, step))
         loss.backward()
@@ -152,9 +168,14 @@ def train(bed, row, pairs, seed, steps, evaluate_at, evaluate):
 class Lab:
     """The bed, its pairs and prompts, each made when first asked for, and the scores of the base model."""
 
-    def __init__(self, results):
-        self.results, self.kept = results, {}
+    def __init__(self, results, backwards=False):
+        self.results, self.backwards, self.kept = results, backwards, {}
         self.bed = Bed()
+
+    def jobs(self, part, *lists):
+        """All combinations of the lists' elements, with a progress bar."""
+        found = list(itertools.product(*lists))
+        return tqdm(found[::-1] if self.backwards else found, desc=part)
 
     def get(self, name, make):
         if name not in self.kept:
@@ -167,8 +188,16 @@ class Lab:
             "foreign": self.bed.foreign_pairs,
             "own": self.bed.own_pairs,
             "own, as sampled": lambda: self.bed.own_pairs(encode=False),
+            "foreign: renders": lambda: self.foreign_pairs_of(2),
+            "foreign: samples": lambda: self.foreign_pairs_of(0),
+            "foreign: one of each": lambda: self.foreign_pairs_of(1),
         }
         return self.get(f"{name} pairs", make[name])
+
+    def foreign_pairs_of(self, num_renders):
+        """Those of the foreign pairs in which so many images are renders; the others are an early checkpoint's samples."""
+        pairs = self.pairs("foreign")
+        return pairs[pairs.renders.view(2, -1).sum(0) == num_renders]
 
     def prompts(self, name):
         return self.get(name, {"report": self.bed.report_prompts, "tuning": self.bed.tuning_prompts}[name])
@@ -176,7 +205,7 @@ class Lab:
     def base(self, prompts, seed):
         return self.get((prompts, seed), lambda: self.bed.evaluate(self.bed.unet, self.prompts(prompts), seed))
 
-    def run(self, part, name, row, seed, pairs="foreign", prompts="report", steps=STEPS, evaluate_at=None):
+    def run(self, part, name, row, seed, pairs="foreign", prompts="report", steps=STEPS, evaluate_at=None, **options):
         """One training run, appended to `runs.csv` as a whole, unless it is there."""
         path = self.results / "runs.csv"
         about = {"part": part, "name": name, "pairs": pairs, "prompts": prompts, "seed": seed, **vars(row)}
@@ -201,76 +230,72 @@ class Lab:
         rows = [
             {**about, "step": step, "unet_calls": calls, "seconds": seconds, **scores}
             for step, calls, seconds, scores in train(
-                self.bed, row, self.pairs(pairs), seed, steps, evaluate_at or [steps], evaluate
+                self.bed, row, self.pairs(pairs), seed, steps, evaluate_at or [steps], evaluate, **options
             )
         ]
         append_csv(path, RUN_FIELDS, rows)
 
     def tuned(self, name):
         """`ROWS[name]` with the learning rate and beta that were best at tuning, by the labelling model's reward."""
-        runs = [r for r in read_csv(self.results / "runs.csv") if r["part"] == "tune" and r["name"] == name]
-        if len(runs) < len(LEARNING_RATES) * len(BETAS):
+        rewards = {}
+        for run in read_csv(self.results / "runs.csv"):
+            if run["part"] == "tune" and run["name"] == name:
+                setting = float(run["learning_rate"]), float(run["beta"])
+                rewards.setdefault(setting, {})[run["seed"]] = float(run["reward"])
+        num_seeds = len(TUNING_SEEDS)
+        means = {
+            setting: sum(found.values()) / num_seeds for setting, found in rewards.items() if len(found) == num_seeds
+        }
+        if len(means) < len(LEARNING_RATES) * len(BETAS):
             raise SystemExit(f"{name} is not tuned yet: run_ablation.py tune comes first.")
-        best = max(runs, key=lambda r: float(r["reward"]))
-        return dataclasses.replace(ROWS[name], learning_rate=float(best["learning_rate"]), beta=float(best["beta"]))
+        learning_rate, beta = max(means, key=means.get)
+        return dataclasses.replace(ROWS[name], learning_rate=learning_rate, beta=beta)
 
 
 # Parts
 
 
 def tune(lab):
-    jobs = list(itertools.product(ROWS, LEARNING_RATES, BETAS))
-    for name, learning_rate, beta in tqdm(jobs, desc="tune"):
+    for seed, name, learning_rate, beta in lab.jobs("tune", TUNING_SEEDS, ROWS, LEARNING_RATES, BETAS):
         row = dataclasses.replace(ROWS[name], learning_rate=learning_rate, beta=beta)
-        lab.run("tune", name, row, TUNING_SEED, prompts="tuning", steps=STEPS)
+        lab.run("tune", name, row, seed, prompts="tuning", steps=STEPS)
 
 
 def grid(lab):
-    for seed, name in tqdm(list(itertools.product(SEEDS, ROWS)), desc="grid"):
+    for seed, name in lab.jobs("grid", GRID_SEEDS, ROWS):
         row = lab.tuned(name)
         steps = EXTRA_STEPS if row.noising == "forward" else STEPS
         lab.run("grid", name, row, seed, steps=steps, evaluate_at=[*EVALUATED_STEPS, steps])
 
 
 def published(lab):
-    for seed, name in tqdm(list(itertools.product(OWN_SEEDS, PUBLISHED_ROWS)), desc="published"):
+    for seed, name in lab.jobs("published", PUBLISHED_SEEDS, PUBLISHED_ROWS):
         lab.run("published", name, dataclasses.replace(ROWS[name], **PUBLISHED), seed, evaluate_at=[16, STEPS])
 
 
 def own(lab):
-    for seed, name in tqdm(list(itertools.product(OWN_SEEDS, OWN_ROWS)), desc="own"):
+    for seed, name in lab.jobs("own", SEEDS, OWN_ROWS):
         lab.run("own", name, lab.tuned(name), seed, pairs="own", evaluate_at=[16, STEPS])
 
 
 def hyper(lab):
-    jobs = [(seed, field, value) for seed in FEW_SEEDS for field, values in HYPER.items() for value in values]
-    for seed, field, value in tqdm(jobs, desc="hyper"):
+    values = [(field, value) for field, values in HYPER.items() for value in values]
+    for seed, (field, value) in lab.jobs("hyper", SEEDS, values):
         row = lab.tuned("last_soft")
         if getattr(row, field) != value:
             lab.run("hyper", f"{field} {value:g}", dataclasses.replace(row, **{field: value}), seed)
 
 
 def labels(lab):
-    for seed, kind in tqdm(list(itertools.product(FEW_SEEDS, LABELS)), desc="labels"):
+    for seed, kind in lab.jobs("labels", SEEDS, LABELS):
         lab.run("labels", kind, dataclasses.replace(lab.tuned("last_hard"), labels=kind), seed)
 
 
-@torch.no_grad()
-def mean_inversion(predict_noise, x_0, t, alpha_bar, num_inversion_steps):
-    """`invert` with every move redone by the mean of the predictions at its source and at its destination."""
-    levels = smpo.inversion_timesteps(t, num_inversion_steps, len(alpha_bar))
-    alpha_bar = torch.cat([torch.ones(1), alpha_bar])
-    x = x_0.clone()
-    for source, destination in zip(levels.T[:-1], levels.T[1:]):
-        rows = (source < destination).nonzero()[:, 0]
-        if not len(rows):
-            break
-        s, d, x_s = source[rows], destination[rows], x[rows]
-        eps = predict_noise(x_s, s.clamp(min=0), rows)
-        x_d = smpo.ddim_move(x_s, eps, alpha_bar[s + 1], alpha_bar[d + 1])
-        eps = (eps + predict_noise(x_d, d, rows)) / 2
-        x[rows] = smpo.ddim_move(x_s, eps, alpha_bar[s + 1], alpha_bar[d + 1])
-    return x
+def long(lab):
+    """Four times the pairs a step and nearly four times the steps, at one learning rate and beta."""
+    for seed, name in lab.jobs("long", LONG_SEEDS, LONG_ROWS):
+        options = {"steps": LONG_STEPS[-1], "evaluate_at": LONG_STEPS, "pairs_per_step": LONG_PAIRS_PER_STEP}
+        lab.run("long", name, dataclasses.replace(ROWS[name], **LONG), seed, **options)
 
 
 @torch.no_grad()
@@ -278,8 +303,8 @@ def inversion(lab):
     """How good each inversion is: std(tau), RMS distance of tau to a fine inversion, round trip, residual."""
     path, bed = lab.results / "inversion.csv", lab.bed
     known = {key_of(row, ["pairs", "t", "seed"]) for row in read_csv(path)}
-    jobs = list(itertools.product(["foreign", "own, as sampled"], INVERSION_SEEDS, INVERSION_TIMESTEPS))
-    for source, seed, timestep in tqdm(jobs, desc="inversion"):
+    sources = ["foreign", "own, as sampled"]
+    for source, seed, timestep in lab.jobs("inversion", sources, INVERSION_SEEDS, INVERSION_TIMESTEPS):
         if (source, str(timestep), str(seed)) in known:
             continue
         pairs = lab.pairs(source)
@@ -299,7 +324,8 @@ def inversion(lab):
                 return smpo.predict_noise(bed.unet, x, timesteps, {"encoder_hidden_states": states[rows]})
 
             if row.noising == "mean":
-                x_t = mean_inversion(predict, x_0, t, bed.alpha_bar, row.num_inversion_steps)
+                levels = smpo.inversion_timesteps(t, row.num_inversion_steps, len(bed.alpha_bar))
+                x_t = climb(predict, x_0, levels, bed.alpha_bar, "mean")
             else:
                 x_t, calls = bed.noised(row, bed.unet, x_0, states, t, None)
                 calls //= len(x_0)
@@ -408,7 +434,7 @@ def ascent(lab):
 
     if ("", "random", "") not in known:
         write("", "random", "", torch.randn(weights.shape, generator=torch.Generator().manual_seed(REWARD_SEED)))
-    for source, name in tqdm(list(itertools.product(["foreign", "own"], SIGNAL_ROWS)), desc="ascent"):
+    for source, name in lab.jobs("ascent", ASCENT_PAIRS, ASCENT_ROWS):
         if {(source, name, "hard"), (source, name, "soft")} <= known:
             continue
         pairs, sums = lab.pairs(source), {"hard": 0, "soft": 0}
@@ -416,7 +442,7 @@ def ascent(lab):
         for k, chosen in enumerate(order):
             x_0, states, t, noise, _ = draw_batch(pairs, pairs.soft, chosen, REWARD_SEED, k)
             kinds = {kind: pairs.labels(kind, 0)[chosen] for kind in sums}
-            gradients, _ = preference_gradients(bed, SIGNAL_ROWS[name], bed.new_policy(), x_0, states, t, noise, kinds)
+            gradients, _ = preference_gradients(bed, ASCENT_ROWS[name], bed.new_policy(), x_0, states, t, noise, kinds)
             for kind, gradient in gradients.items():
                 sums[kind] = sums[kind] + gradient
         for kind, direction in sums.items():
@@ -469,6 +495,7 @@ PARTS = {
     "own": own,
     "hyper": hyper,
     "labels": labels,
+    "long": long,
 }
 
 
@@ -477,13 +504,14 @@ def parse_args(input_args=None):
     parser.add_argument("parts", nargs="+", choices=["all", *PARTS], help="What to run, in this order.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the CSVs.")
     parser.add_argument("--num_threads", type=int, default=1, help="Threads of PyTorch.")
+    parser.add_argument("--backwards", action="store_true", help="Each part's runs in reverse order.")
     return parser.parse_args(input_args)
 
 
 def main(args):
     logging.disable(logging.INFO)
     torch.set_num_threads(args.num_threads)
-    lab = Lab(args.results)
+    lab = Lab(args.results, args.backwards)
     for part in list(PARTS) if "all" in args.parts else args.parts:
         PARTS[part](lab)
 

@@ -57,6 +57,7 @@ CASES = {
     "SD1.5 LoRA": ("sd15", 512, 8, ["--rank", "16", "--gradient_checkpointing"]),
     "SD1.5 LoRA, no checkpointing": ("sd15", 512, None, ["--rank", "16"]),
     "SD1.5 full, AdamW": ("sd15", 512, None, ["--gradient_checkpointing"]),
+    "SD1.5 full, AdamW, no checkpointing": ("sd15", 512, None, []),
     "SD1.5 full, Adafactor": ("sd15", 512, None, ["--gradient_checkpointing", "--optimizer", "adafactor"]),
     "SDXL LoRA": ("sdxl", 1024, 16, ["--rank", "16", "--gradient_checkpointing", "--optimizer", "adamw"]),
     "SDXL LoRA, offload": (
