@@ -34,6 +34,7 @@ def make_run(script, folder, sdxl, dtype=torch.float32, **flags):
     models = script.load_models(args, torch.device("cpu"), dtype)
     models["ref_unet"] = script.load_reference(args, torch.device("cpu"), dtype) if args.rank is None else None
     if args.rank is not None:
+        torch.manual_seed(0)
         script.add_lora(models["unet"], args)
     for network in filter(None, (models["unet"], models["ref_unet"], models["vae"])):
         network.to(dtype)
