@@ -56,6 +56,11 @@ def fresh_process():
     os.umask(umask)
     for number, handler in zip(numbers, handlers):
         signal.signal(number, handler)
+    forget_accelerator()
+
+
+def forget_accelerator():
+    """Lets the next run in this process choose its precision and its engine."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 

@@ -387,10 +387,10 @@ def test_the_gradient_of_a_preference_is_that_of_the_loss(name, bed, batch):
     for kind, soft_label_0 in {"soft": soft, "hard": soft.round()}.items():
         loss, _ = bed.loss(row, unet, (x_0, states, t, noise, soft_label_0))
         expected = run_ablation.flat(torch.autograd.grad(loss, list(unet.parameters())))
-        assert run_ablation.cosine(-gradients[kind], expected) > 0.999
+        assert torch.cosine_similarity(-gradients[kind], expected, dim=0) > 0.999
         scale = row.beta * row.gamma / 4
         assert expected.norm().item() == pytest.approx(scale * gradients[kind].norm().item(), rel=1e-3)
-    assert run_ablation.cosine(gradients["soft"], gradients["hard"]) < 0.999
+    assert torch.cosine_similarity(gradients["soft"], gradients["hard"], dim=0) < 0.999
     assert measured["residual"] > 0.05 and (name != "forward_hard" or abs(measured["std_tau"] - 1) < 0.1)
 
 
@@ -463,8 +463,25 @@ def test_tables_of_a_small_csv(tmp_path):
     assert lines[1].startswith(
         "| gamma 10 (as in the grid) | 100 | +4.00 ± 0.00 | +8.00 ± 0.00 |"
     )  # the same two seeds
+    excerpts = make_tables.readme_tables(tmp_path)
+    assert not any(excerpts[name] for name in ("inversion", "ascent", "labels", "long"))
+    assert excerpts["grid"] and excerpts["comparison"] and "| gamma 1 | +2.00 ±" in excerpts["hyper"]
+    assert "\nnew" in make_tables.with_tables(
+        "<!-- ablation: labels -->\nold\n<!-- end of ablation -->\nnew", tmp_path
+    )
     make_tables.main(make_tables.parse_args(["--results", str(tmp_path)]))
     assert "+4.00 ±" in (tmp_path / "tables.md").read_text() and (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_results_from_before_a_row_was_tuned_anew_are_not_mixed_in(tmp_path):
+    made_up_runs(tmp_path / "runs.csv")
+    rows = read_csv(tmp_path / "runs.csv")
+    (old,) = (row for row in rows if (row["name"], row["seed"], row["step"]) == ("last_soft", "1", "32"))
+    append_csv(tmp_path / "runs.csv", RUN_FIELDS, [old])  # two processes that met: the same again
+    assert Runs(read_csv(tmp_path / "runs.csv")).of("grid", "last_soft", 32, "gain")["1"] == 4
+    append_csv(tmp_path / "runs.csv", RUN_FIELDS, [{**old, "learning_rate": "1", "reward": "50"}])
+    with pytest.raises(ValueError, match="two results of grid last_soft for seed 1"):
+        make_tables.make_tables(tmp_path)
 
 
 def test_tables_in_the_repository_are_those_of_its_csvs():
@@ -473,6 +490,7 @@ def test_tables_in_the_repository_are_those_of_its_csvs():
     assert make_tables.with_tables(readme, make_tables.RESULTS) == readme
     assert set(re.findall("<!-- ablation: (.*) -->", readme)) == set(make_tables.readme_tables(make_tables.RESULTS))
     assert sum(path.stat().st_size for path in make_tables.RESULTS.iterdir()) < 1_000_000
+    assert len(make_tables.COLORS) == len(set(make_tables.COLORS)) == len(make_tables.NAMES) == len(ROWS)
 
 
 def test_a_run_in_the_csv_is_not_run_again(tmp_path, monkeypatch):

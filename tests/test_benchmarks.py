@@ -3,6 +3,7 @@
 import csv
 import sys
 
+import benchmark_memory
 import benchmark_relabel
 import benchmark_training
 import pytest
@@ -54,6 +55,24 @@ def test_the_slow_loop_gives_the_scores_of_the_fast_one(capsys):
     """So that their speeds can be compared."""
     assert benchmark_relabel.main(["speed", "--num_pairs", "32", "--size", "64", "--batch_size", "16"]) < 1e-5
     assert "| relabel_pickapic.py |" in capsys.readouterr().out
+
+
+def test_models_of_a_benchmark_are_where_they_run():
+    """The trained miniature, too, which is loaded to the CPU first."""
+    run = benchmark_training.Run("tiny-full", torch.device("meta"), torch.float32)
+    for part in ("unet", "ref_unet", "vae", "text_encoder"):
+        assert {parameter.device.type for parameter in run.models[part].parameters()} == {"meta"}, part
+
+
+def test_flags_after_two_dashes_reach_the_training_script(monkeypatch, capsys):
+    seen = []
+    sizes = dict.fromkeys(["UNet", "reference", "VAE, text", "gradients", "optimiser"], 2**30)
+    monkeypatch.setattr(benchmark_memory, "count", lambda *arguments: seen.append(arguments) or (6 * 2**30, sizes))
+    command = ["count", "--cases", "SD1.5 full, AdamW", "SDXL LoRA", "--", "--train_batch_size", "8"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_memory.py", *command])
+    benchmark_memory.main()
+    assert [(kind, flags[-2:]) for kind, _, flags in seen] == [("sd15", command[-2:]), ("sdxl", command[-2:])]
+    assert "--train_batch_size 8" in capsys.readouterr().out
 
 
 def test_a_row_that_fails_costs_no_other(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, names_in, run_script, train, train_flags, write_pairs
+from conftest import ROOT, TINY, forget_accelerator, names_in, run_script, train, train_flags, write_pairs
 from fork_server import ForkServer, wait_for
 from PIL import Image
 from safetensors.torch import load_file
@@ -214,6 +214,7 @@ def one_step(tmp_path_factory):
     """A checkpoint after one step."""
     output_dir = tmp_path_factory.mktemp("one-step") / "out"
     train(output_dir, **FAST, max_train_steps=1, checkpointing_steps=1)
+    forget_accelerator()
     return output_dir / "checkpoint-1"
 
 

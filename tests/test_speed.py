@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from accelerate import PartialState
-from conftest import TINY, read_logs, train, train_flags, unet_weights
+from conftest import TINY, forget_accelerator, read_logs, train, train_flags, unet_weights
 from packaging import version
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -256,6 +256,20 @@ def test_loaded_state_has_the_layout_of_its_parameters():
         step(stopped, resumed, i)
     for one, other in zip(going_on.parameters(), stopped.parameters()):
         torch.testing.assert_close(one, other)
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path, labels_path):
+    """Saved in half precision, where convolutions are in channels_last, and resumed in fp32, where they are not."""
+    flags = {"labels_path": labels_path, "checkpointing_steps": 1}
+    train(tmp_path, mixed_precision="bf16", max_train_steps=1, **flags)
+    forget_accelerator()
+    train(tmp_path, max_train_steps=2, resume_from_checkpoint="latest", resume_despite_changes=True, **flags)
+    contiguous = [
+        {moment.is_contiguous() for moment in state.values() if moment.ndim == 4}
+        for step in (1, 2)
+        for state in torch.load(tmp_path / f"checkpoint-{step}" / "optimizer.bin")["state"].values()
+    ]
+    assert {False} in contiguous[: len(contiguous) // 2] and {False} not in contiguous[len(contiguous) // 2 :]
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@
 
     python tests/ablation/make_tables.py
 
-writes `tables.md`, `curves.png` and `signal.png` beside the CSVs, and what the README shows of them. An interval is 95 % of Student's t over seeds. A gain is over
-the base model at the same seed, that is with the same prompts and initial noise, and a difference between two rows is taken seed
-by seed too.
+writes `tables.md`, `curves.png` and `signal.png` beside the CSVs, and what the README shows of them. An interval is 95 % of
+Student's t over seeds. A gain is over the base model at the same seed, that is with the same prompts and initial noise, and a
+difference between two rows is taken seed by seed too.
 """
 
 import argparse
@@ -103,7 +103,19 @@ SIGNAL_NAMES = {
     "every_below": "5 moves, every one corrected; random up to t = 499",
     "every_first": "5 moves, every one corrected, the first random",
 }
-COLORS = ["#444444", "#1f77b4", "#2ca02c", "#9467bd", "#8fd08f", "#c9b3e0", "#aaaaaa", "#d62728", "#f2a0a0"]
+COLORS = [
+    "#444444",
+    "#1f77b4",
+    "#2ca02c",
+    "#9467bd",
+    "#8fd08f",
+    "#c9b3e0",
+    "#aaaaaa",
+    "#d62728",
+    "#f2a0a0",
+    "#ff7f0e",
+    "#8c564b",
+]
 
 
 # Statistics
@@ -183,17 +195,26 @@ class Runs:
         return sorted({int(row["step"]) for row in self.rows if row["part"] == part and row["name"] == name})
 
     def of(self, part, name, step, score):
-        """`{seed: score}`; for "gain" and "judge_gain" over the base at the same seed."""
+        """`{seed: score}`; for "gain" and "judge_gain" over the base at the same seed.
+
+        Raises:
+            ValueError: a seed has two results, as when a row was tuned anew and what it gave before is still there.
+        """
         found = {}
         for row in self.rows:
             if row["part"] == part and row["name"] == name and int(row["step"]) == step:
                 base = self.base[row["prompts"], row["seed"]]
                 if score == "gain":
-                    found[row["seed"]] = float(row["reward"]) - float(base["reward"])
+                    value = float(row["reward"]) - float(base["reward"])
                 elif score == "judge_gain":
-                    found[row["seed"]] = float(row["judge"]) - float(base["judge"])
+                    value = float(row["judge"]) - float(base["judge"])
                 else:
-                    found[row["seed"]] = float(row[score])
+                    value = float(row[score])
+                if found.setdefault(row["seed"], value) != value:
+                    raise ValueError(
+                        f"runs.csv has two results of {part} {name} for seed {row['seed']}, with other learning rates or betas:"
+                        " delete those of before the row was tuned anew."
+                    )
         return found
 
 
@@ -219,6 +240,8 @@ def with_interval(values, digits=2, sign=False):
 def inversion_table(rows, pairs):
     """std(tau) / distance of tau to the fine inversion / round trip, means over the seeds, and UNet calls at the last t."""
     rows = [row for row in rows if row["pairs"] == pairs]
+    if not rows:
+        return ""
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     timesteps = sorted({int(row["t"]) for row in rows})
     lines = []
@@ -267,6 +290,8 @@ def tuning_table(runs, rows):
 
 
 def grid_table(runs, part, names):
+    if not names:
+        return ""
     lines = []
     for name in names:
         for step in runs.steps(part, name):
@@ -298,6 +323,8 @@ def length_table(runs, part, names):
 def long_table(runs):
     """Reward gain of every seed at several lengths, and the UNet calls of the last."""
     names = [name for name in NAMES if name in runs.names("long")]
+    if not names:
+        return ""
     steps = sorted({step for name in names for step in runs.steps("long", name)})
     lines = []
     for name in names:
@@ -379,6 +406,8 @@ def signal_table(rows, pairs, labels, score):
 
 def ascent_table(rows, columns):
     """Reward gained by a step along the gradient of each noising, for columns (pairs, labels)."""
+    if not rows:
+        return ""
     found = {(row["pairs"], row["noising"], row["labels"]): row for row in rows}
 
     def cell(*key):
@@ -464,7 +493,9 @@ def cells_of(line):
 
 
 def columns(text, *wanted):
-    """Some columns of a table, by their headings."""
+    """Some columns of a table, by their headings; nothing of an empty one."""
+    if not text:
+        return ""
     lines = [cells_of(line) for line in text.splitlines()]
     places = [lines[0].index(name) for name in wanted]
     return table(wanted, [[line[place] for place in places] for line in lines[2:]])
@@ -472,14 +503,12 @@ def columns(text, *wanted):
 
 def readme_tables(results):
     """What the README shows, by the name in its markers."""
-    runs, inversion, ascent = (
-        Runs(read_csv(results / "runs.csv")),
-        *map(read_csv, (results / "inversion.csv", results / "ascent.csv")),
-    )
+    runs = Runs(read_csv(results / "runs.csv"))
+    inversion, ascent = read_csv(results / "inversion.csv"), read_csv(results / "ascent.csv")
     grid = grid_table(runs, "grid", [name for name in NAMES if name in runs.names("grid")])
-    hyper = [few_table(runs, "hyper", "last_soft", field) for field in HYPER_FIELDS]
+    hyper = [text for field in HYPER_FIELDS if (text := few_table(runs, "hyper", "last_soft", field))]
     lines = [line for text in hyper for line in text.splitlines()[2:] if "as in the grid" not in line]
-    hyper = "\n".join([*hyper[0].splitlines()[:2], *lines])
+    hyper = "\n".join([*hyper[0].splitlines()[:2], *lines]) if hyper else ""
     few = ("value", "reward gain", "difference of reward", "p")
     return {
         "grid": columns(grid, "row", "steps", "UNet calls", "reward gain", "judge gain", "distance to base"),

@@ -477,10 +477,6 @@ def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def cosine(a, b):
-    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
-
-
 def rms(x):
     return x.pow(2).mean().sqrt().item()
 
