@@ -539,7 +539,7 @@ def plot_curves(runs, path):
     import matplotlib.pyplot as plt
 
     names = [name for name in NAMES if name in runs.names("grid")]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.8))
     for name, color in zip(names, COLORS):
         points = []
         for step in runs.steps("grid", name):
@@ -563,8 +563,8 @@ def plot_curves(runs, path):
         axis.set_xlabel(x)
         axis.set_ylabel(y)
         axis.grid(alpha=0.3)
-    axes[2].legend(fontsize=6.5)
-    figure.tight_layout()
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=7.5)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))  # the legend's room
     figure.savefig(path, dpi=80)
 
 
