@@ -1,16 +1,16 @@
-"""Imports a script once and runs it in a forked process for every command line on standard input.
+"""Imports a module once and runs its `main(parse_args(ARGUMENTS))` in forked processes, whenever it is asked to.
 
     python tests/fork_server.py train_smpo_sd15 DESCRIPTOR
 
-reads a JSON list of arguments a line, and answers each on the file descriptor with the process id and, when that has ended,
-with its exit code. A run then starts in a second instead of ten, so that the tests can kill many.
+A run then starts in a second instead of ten, so that the tests can kill many. Several processes are told what torchrun
+would tell them. Requests come as lines of JSON on standard input, process ids and exit codes go out on the descriptor.
 """
 
 import importlib
-import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,62 +22,87 @@ ROOT = Path(__file__).parent.parent
 
 
 def main():
-    script, answers = importlib.import_module(sys.argv[1]), open(int(sys.argv[2]), "w")
-    if importlib.util.find_spec("deepspeed"):
-        importlib.import_module("deepspeed")  # accelerate would do so in every run
+    module, answers = importlib.import_module(sys.argv[1]), open(int(sys.argv[2]), "w")
     for line in sys.stdin:
-        process = os.fork()
-        if process == 0:
-            os.setsid()
-            code = 1
-            try:
-                script.main(script.parse_args(json.loads(line)))
-                code = 0
-            except SystemExit as error:
-                code = error.code
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        print(process, file=answers, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers, flush=True)
+        args, num_processes, environment = json.loads(line)
+        world = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        group = 0
+        for rank in reversed(range(num_processes)):
+            process = os.fork()
+            if process == 0:
+                os.environ.update(environment)
+                if num_processes > 1:
+                    os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank))
+                os._exit(exit_code(module, args))
+            group = group or process
+            os.setpgid(process, group)
+        print(group, file=answers, flush=True)
+        codes = {os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(num_processes)}
+        print(*codes, file=answers, flush=True)
+
+
+def exit_code(module, args):
+    code = 1
+    try:
+        module.main(module.parse_args(args))
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 class ForkServer:
-    """Runs of a script in processes of their own, one at a time."""
+    """Runs of a module, one at a time, each in a process group of its own."""
 
-    def __init__(self, script, log, **environment):
-        self.run_id = None
+    def __init__(self, module, log, **environment):
+        self.group, self.log, self.start_of_output = None, Path(log), 0
         answers, write_end = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, __file__, script, str(write_end)],
+            [sys.executable, __file__, module, str(write_end)],
             stdin=subprocess.PIPE, stdout=open(log, "w"), stderr=subprocess.STDOUT, pass_fds=[write_end], text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, cwd=ROOT,
         )  # fmt: skip
         os.close(write_end)
         self.answers = open(answers)
 
-    def start(self, args):
+    def start(self, args, num_processes=1, **environment):
+        """Returns the id of the process, of several that of the last rank's, which is their group's too."""
         self.end()
-        self.process.stdin.write(json.dumps(args) + "\n")
+        self.start_of_output = self.log.stat().st_size
+        self.process.stdin.write(json.dumps([args, num_processes, environment]) + "\n")
         self.process.stdin.flush()
-        self.run_id = int(self.answers.readline())
-        return self.run_id
+        self.group = int(self.answers.readline())
+        return self.group
 
     def wait(self):
-        self.run_id = None
+        """Returns the exit code of all processes; they have to agree in it."""
+        self.group = None
         return int(self.answers.readline())
 
     def end(self):
         """Ends a run that a failed test has left behind."""
-        if self.run_id is not None:
-            os.killpg(self.run_id, signal.SIGKILL)
-            self.wait()
+        if self.group is not None:
+            os.killpg(self.group, signal.SIGKILL)
+            self.answers.readline()
+            self.group = None
 
-    def run(self, args):
-        self.start(args)
+    def run(self, args, num_processes=1, **environment):
+        self.start(args, num_processes, **environment)
         return self.wait()
+
+    def output(self):
+        """What the newest run has printed."""
+        return self.log.read_bytes()[self.start_of_output :].decode()
 
     def __enter__(self):
         return self

@@ -1,10 +1,10 @@
-"""How the authors' released code reaches x_t, written from a description of it, to be compared with: not for use.
+"""How the authors' released code reaches x_t, written from a description of it: an oracle for tests, not for use.
 
-It takes a fixed grid of levels and diffusers 0.20's inverse DDIM scheduler, whose `step(t)` goes from t to t + stride. So the
-first prediction of a run is conditioned on a negative timestep, clean latents are taken to lie at alpha_bar[0], and the latents
-end on the smallest level at or above t (or the last) although they are scored as if they were at t. At every level the move is
-done twice, the second time with the mean of the predictions before and after the first; both are conditioned on the level that
-the move starts from (inferred).
+It takes a fixed grid of levels and diffusers 0.20's inverse DDIM scheduler, whose `step(t)` goes from t to t + stride.
+So the first prediction of a run is conditioned on a negative timestep, clean latents are taken to lie at alpha_bar[0],
+and the latents end on the smallest level at or above t (or the last) although they are scored as if they were at t. At
+every level the move is done twice, the second time with the mean of the predictions before and after the first; both
+are conditioned on the level that the move starts from (inferred).
 """
 
 import torch

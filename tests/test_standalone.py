@@ -4,8 +4,7 @@ import json
 import shutil
 
 import numpy as np
-from conftest import ROOT, TINY, command_line, read_logs, run_script, train, train_flags
-from test_siblings import SCRIPTS
+from conftest import ROOT, TINY, command_line, names_in, read_logs, run_script, train, train_flags
 
 
 # Two processes on the CPU, whatever this machine has; `accelerate launch --cpu` starts a single one.
@@ -14,7 +13,7 @@ LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 
 def test_relabel_train_evaluate(tmp_path, monkeypatch):
     folders = {}
-    for script in SCRIPTS:
+    for script in ("relabel_pickapic.py", "train_smpo_sd15.py", "evaluate_smpo.py"):
         folders[script] = tmp_path / script.removesuffix(".py")
         folders[script].mkdir()
         shutil.copy(ROOT / script, folders[script])
@@ -22,17 +21,19 @@ def test_relabel_train_evaluate(tmp_path, monkeypatch):
     flags = {"dataset_name": TINY / "pairs", "reward_model": TINY / "pickscore", "output_path": labels}
     run_script("relabel_pickapic.py", *command_line(**flags), cwd=folders["relabel_pickapic.py"])
 
-    flags = {"labels_path": labels, "rank": 4, "checkpointing_steps": 1}
+    flags = {"labels_path": labels, "rank": 4, "checkpointing_steps": 1, "beta_dpo": 200}
     launched = train_flags(tmp_path / "tuned", train_batch_size=1, **flags)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     run_script("train_smpo_sd15.py", *launched, cwd=folders["train_smpo_sd15.py"], launcher=LAUNCH)
-    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {
-        "README.md", "checkpoint-1", "checkpoint-2", "logs", "pytorch_lora_weights.safetensors", "training_args.json"
+    assert names_in(tmp_path / "tuned") == {
+        "README.md", "checkpoint-1", "checkpoint-2", "logs", "pytorch_lora_weights.safetensors",
+        "pytorch_lora_weights_kohya.safetensors", "training_args.json",
     }  # fmt: skip
     # Two processes with a pair each take the steps that one process takes with two.
     two, one = read_logs(tmp_path / "tuned"), train(tmp_path / "one", train_batch_size=2, **flags)
-    for metric in ("loss", "grad_norm", "std_tau", "model_error_preferred", "weight_share/strong", "lr", "epoch"):
-        np.testing.assert_allclose(two[metric], one[metric], rtol=2e-3, err_msg=metric)
+    for metric in ("loss", "grad_norm", "std_tau", "model_error_preferred", "weight", "lr", "epoch"):
+        # fp32 keeps an error below 1 to some 1e-6, ten of its eps, of which beta gamma / 2 makes 1e-3.
+        np.testing.assert_allclose(two[metric], one[metric], rtol=1e-3, err_msg=metric)
 
     flags = {
         "pretrained_model_name_or_path": TINY / "sd15", "models": f"tuned={tmp_path / 'tuned'}",

@@ -1,6 +1,5 @@
 """--streaming: training on Parquet files where they lie."""
 
-import itertools
 import os
 import shutil
 import subprocess
@@ -13,24 +12,27 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from conftest import (
     ROOT,
     TINY,
+    TWO_PROCESSES,
     read_logs,
-    run_script,
     split_pairs,
     train,
     train_flags,
     train_sdxl,
     unet_weights,
 )
-from test_standalone import LAUNCH
+from packaging import version
 
-from train_smpo_sd15 import PairStream, StreamedPairs
+import train_smpo_sd15
+from train_smpo_sd15 import decode_image, parse_args, select_pairs, stream_data, streamed_batches
 
 
 FAST = {"label_column": "label_0", "noising": "forward", "streaming": True, "checkpointing_steps": 100}
+if version.parse(datasets.__version__) < version.parse("5.1"):
+    pytest.skip("refused by the scripts", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,73 +41,64 @@ def shards(tmp_path_factory):
     return split_pairs(tmp_path_factory.mktemp("shards") / "data", 200)
 
 
-@pytest.fixture(scope="module")
-def dataset(shards):
-    """What `PairStream` knows of a data set: some pairs are not trained on."""
-    PartialState()
-    pairs = StreamedPairs(sorted(str(path) for path in shards.iterdir()))
-    rows = np.flatnonzero(np.random.default_rng(0).random(len(pairs)) < 0.7)
-    return SimpleNamespace(pairs=pairs.select_columns(["caption", "ranking_id"]), rows=rows)
+@pytest.fixture
+def steps(shards, tmp_path, monkeypatch):
+    """`steps(count, rank, num_processes, state)`: (captions, state after it) of each optimiser step of a stream."""
+    monkeypatch.setattr(train_smpo_sd15, "MIXED_ROW_GROUPS", 4)
+    Accelerator(cpu=True)  # the logger asks it which process this is
+
+    def draw(count, rank=0, num_processes=1, state=None, **flags):
+        flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "proportion_empty_prompts": 0, **flags}
+        args = parse_args(train_flags(tmp_path / "out", dataset_name=shards, **FAST, **flags))
+        pairs = select_pairs(stream_data(args), 1000, args)
+        accelerator = SimpleNamespace(process_index=rank, num_processes=num_processes)
+        stream, drawn = streamed_batches(pairs, state, accelerator, args), []
+        for _ in range(count):
+            captions = []
+            while len(captions) < args.train_batch_size * args.gradient_accumulation_steps:
+                batch = next(stream)
+                captions += zip(batch["captions"], batch["timesteps"].tolist(), batch["seeds"])
+            drawn.append((captions, batch["state"]))
+        return drawn
+
+    return draw
 
 
-def batches(dataset, count, **options):
-    options = {
-        "batch_size": 4,
-        "num_processes": 1,
-        "process_index": 0,
-        "seed": 1,
-        "start": 0,
-        "buffer_size": 50,
-        **options,
-    }
-    return list(itertools.islice(PairStream(dataset, **options), count))
+def is_readable(data):
+    try:
+        return decode_image(data, []) is not None
+    except ValueError:
+        return False
 
 
-def indices(batches):
-    return [index for batch in batches for _, index, _ in batch]
+def test_an_epoch_of_a_stream(steps, shards):
+    """Every pair once, row groups mixed, in another order in the next epoch, and with other draws."""
+    table = pq.read_table(TINY / "pairs" / "train.parquet", columns=["caption", "label_0", "jpg_0"]).to_pylist()
+    expected = sorted(row["caption"] for row in table if row["label_0"] != 0.5 and is_readable(row["jpg_0"]))
+    one_by_one = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
+    drawn = [pair for pairs, _ in steps(2 * len(expected), **one_by_one) for pair in pairs]
+    first, second = drawn[: len(expected)], drawn[len(expected) :]
+    assert sorted(caption for caption, *_ in first) == expected
+    assert sorted(caption for caption, *_ in second) == expected
+    assert [caption for caption, *_ in first] != [caption for caption, *_ in second]
+    assert len({tuple(seeds) for _, _, seeds in drawn}) == len(drawn)
 
 
-# The stream
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_a_stream_goes_on_where_it_stopped(num_processes, steps):
+    """From any step, into the next epoch; 2 processes share the 38 row groups, 3 share the rows."""
+    rank = num_processes - 1
+    whole = steps(120 // num_processes, rank, num_processes)
+    for stop in (1, 2, 17, 100 // num_processes, 119 // num_processes):
+        rest = steps(len(whole) - stop, rank, num_processes, whole[stop - 1][1])
+        assert [pairs for pairs, _ in rest] == [pairs for pairs, _ in whole[stop:]]
 
 
-def test_pairs_are_looked_up_by_row(dataset):
-    expected = pq.read_table(TINY / "pairs" / "train.parquet", columns=["caption", "ranking_id"]).to_pylist()
-    for row in (0, 15, 16, 199, 200, 401, 589):
-        assert dataset.pairs[row] == expected[row]
-    assert len(dataset.pairs) == len(expected)
-
-
-def test_an_epoch_of_a_stream(dataset):
-    """Every pair once, each with what its row holds, well shuffled, and in another order in the next epoch."""
-    num_batches = len(dataset.rows) // 4
-    epochs = batches(dataset, 2 * num_batches)
-    expected = pq.read_table(TINY / "pairs" / "train.parquet", columns=["caption", "ranking_id"]).to_pylist()
-    for batch in epochs:
-        for _, index, pair in batch:
-            assert pair == expected[dataset.rows[index]]
-    first, second = indices(epochs[:num_batches]), indices(epochs[num_batches:])
-    for epoch, order in enumerate((first, second)):
-        assert len(set(order)) == len(order) == 4 * num_batches
-        assert all(item[0] == epoch for batch in epochs[epoch * num_batches :][:num_batches] for item in batch)
-    assert first != second
-    groups = dataset.rows[np.array(first[:100])] // 16
-    assert np.mean(groups[1:] == groups[:-1]) < 0.6  # a buffer mixes row groups, of which it holds five or so
-
-
-@pytest.mark.parametrize("start", [1, 12, 13, 50, 103, 104, 150])
-def test_a_stream_goes_on_where_it_stopped(start, dataset):
-    whole = batches(dataset, 220, num_processes=2, process_index=1, batch_size=2)
-    assert len(dataset.rows) // 4 < 110
-    assert batches(dataset, 220 - start, num_processes=2, process_index=1, batch_size=2, start=start) == whole[start:]
-
-
-def test_processes_divide_an_epoch_and_micro_batches_do_not_change_it(dataset):
-    num_pairs = len(dataset.rows) // 3
-    parts = [indices(batches(dataset, num_pairs, num_processes=3, process_index=i, batch_size=1)) for i in range(3)]
-    assert len(set(itertools.chain(*parts))) == 3 * num_pairs
-    for i, part in enumerate(parts):
-        wide = indices(batches(dataset, num_pairs // 8, num_processes=3, process_index=i, batch_size=8))
-        assert wide == part[: len(wide)]
+def test_processes_divide_an_epoch_and_micro_batches_do_not_change_it(steps):
+    parts = [[caption for pairs, _ in steps(30, rank, 2) for caption in pairs] for rank in (0, 1)]
+    assert not {seeds[0] for _, _, seeds in parts[0]} & {seeds[0] for _, _, seeds in parts[1]}
+    (pairs, state), (other, other_state) = steps(1)[0], steps(1, train_batch_size=4, gradient_accumulation_steps=1)[0]
+    assert sorted(pairs) == sorted(other) and state == other_state
 
 
 def test_a_file_that_breaks_off_is_named(shards, tmp_path):
@@ -115,86 +108,74 @@ def test_a_file_that_breaks_off_is_named(shards, tmp_path):
     data = bytearray(path.read_bytes())
     data[column.data_page_offset : column.data_page_offset + 200] = bytes(200)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="(?s)train-00001.parquet after row 32 cannot be loaded.*fetch it again"):
-        train(
-            tmp_path / "out",
-            dataset_name=tmp_path / "data" / "*.parquet",
-            **{**FAST, "rank": 2, "max_train_steps": 300},
-        )
+    flags = {**FAST, "rank": 2, "max_train_steps": 300, "dataset_name": str(path)}
+    with pytest.raises(ValueError, match="(?s)--dataset_name .*data/.* cannot be loaded: .*fetch them again"):
+        train(tmp_path / "out", **flags)
 
 
-# Training on it
+def test_streamed_pairs_train_as_others_do(shards, labels_path, tmp_path, monkeypatch):
+    """All pairs in one batch and the same draws for each: the order in which they come does not matter then."""
 
+    def draw(pairs, *key):
+        return original(pairs, 0)
 
-def test_streamed_pairs_train_as_others_do(shards, labels_path, tmp_path):
-    """All pairs in one batch: the order in which they come does not matter then."""
-    flags = {"labels_path": labels_path, "max_train_samples": 8, "train_batch_size": 8, "max_train_steps": 3}
+    original = train_smpo_sd15.Pairs.draw
+    monkeypatch.setattr(train_smpo_sd15.Pairs, "draw", draw)
+    flags = {"labels_path": labels_path, "max_train_samples": 8, "train_batch_size": 8, "max_train_steps": 1}
     logs = train(tmp_path / "copied", **flags)
-    streamed = train(
-        tmp_path / "streamed", dataset_name=shards / "*.parquet", streaming=True, shuffle_buffer_size=3, **flags
-    )
-    for name in ("loss", "grad_norm", "std_tau", "implicit_accuracy"):
-        np.testing.assert_allclose(streamed[name], logs[name], rtol=1e-3)
-    ours, theirs = unet_weights(tmp_path / "streamed"), unet_weights(tmp_path / "copied")
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5)  # sums in another order
+    streamed = train(tmp_path / "streamed", dataset_name=shards / "*.parquet", streaming=True, **flags)
+    for name in ("grad_norm", "std_tau", "weight", "ref_error_preferred"):  # sums of 8 pairs in another order
+        np.testing.assert_allclose(streamed[name], logs[name], rtol=1e-3, err_msg=name)
 
 
 def test_sdxl_streams_too(shards, sdxl, tmp_path):
-    flags = {"label_column": "label_0", "rank": 2, "max_train_samples": 4, "train_batch_size": 4}
-    logs = train_sdxl(tmp_path / "copied", sdxl, **flags)
-    streamed = train_sdxl(tmp_path / "streamed", sdxl, dataset_name=shards, streaming=True, **flags)
-    np.testing.assert_allclose(streamed["loss"], logs["loss"], rtol=1e-3)
+    logs = train_sdxl(tmp_path, sdxl, dataset_name=shards, **FAST, rank=2, max_train_samples=4, train_batch_size=4)
+    assert len(logs["loss"]) == 2 and np.isfinite(logs["loss"]).all()
 
 
-@pytest.fixture(scope="module")
-def damaged(tmp_path_factory):
-    """Two of three pairs cannot be read."""
-    table, folder = pq.read_table(TINY / "pairs" / "train.parquet"), tmp_path_factory.mktemp("damaged")
+def test_a_streamed_run_is_resumed_bit_for_bit(tmp_path):
+    """From one epoch into the next, and past damaged pairs: two of three cannot be read."""
+    table = pq.read_table(TINY / "pairs" / "train.parquet")
     images = [data[:100] if i % 3 and data else data for i, data in enumerate(table["jpg_0"].to_pylist())]
+    (tmp_path / "damaged").mkdir()
     table = table.set_column(table.column_names.index("jpg_0"), "jpg_0", [images])
-    pq.write_table(table, folder / "train-0.parquet", row_group_size=16)
-    return folder
+    pq.write_table(table, tmp_path / "damaged" / "train-0.parquet", row_group_size=16)
+    flags = {**FAST, "dataset_name": tmp_path / "damaged", "max_train_samples": 40, "max_train_steps": 24}
+    flags |= {"checkpointing_steps": 7, "dataloader_num_workers": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_smpo_sd15, "MAX_BAD_SHARE", 1)
+        logs = train(tmp_path / "whole", **flags)
+        assert logs["skipped_pairs"][-1] > 24 and logs["epoch"][-1] > 1 and np.isfinite(logs["loss"]).all()
+        for stop in (7, 21):
+            shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", tmp_path / str(stop) / f"checkpoint-{stop}")
+            resumed = train(tmp_path / str(stop), resume_from_checkpoint="latest", **flags)
+            assert resumed["skipped_pairs"] == logs["skipped_pairs"][stop:]
+            ours, theirs = unet_weights(tmp_path / str(stop)), unet_weights(tmp_path / "whole")
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_streamed_run_is_resumed_bit_for_bit(damaged, tmp_path):
-    """From one epoch into the next, with worker processes or without, and past damaged pairs, whose successors are looked up."""
-    flags = {
-        **FAST,
-        "dataset_name": damaged,
-        "shuffle_buffer_size": 20,
-        "max_train_samples": 40,
-        "max_bad_fraction": 1,
-    }
-    logs = train(tmp_path / "whole", max_train_steps=24, dataloader_num_workers=2, **flags)
-    assert logs["skipped_pairs"][-1] > 24 and logs["epoch"][-1] > 1 and np.isfinite(logs["loss"]).all()
-    flags["checkpointing_steps"] = 7
-    train(tmp_path / "out", max_train_steps=14, dataloader_num_workers=1, **flags)
-    train(tmp_path / "out", max_train_steps=24, resume_from_checkpoint="latest", **flags)
-    ours, theirs = unet_weights(tmp_path / "out"), unet_weights(tmp_path / "whole")
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_two_processes_stream(shards, tmp_path, monkeypatch):
+def test_two_processes_stream_and_resume(shards, server, tmp_path):
     flags = {**FAST, "dataset_name": shards, "rank": 2, "max_train_steps": 4, "checkpointing_steps": 2}
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    run_script(ROOT / "train_smpo_sd15.py", *train_flags(tmp_path / "out", **flags), cwd=tmp_path, launcher=LAUNCH)
-    logs = read_logs(tmp_path / "out")
-    assert len(logs["loss"]) == 4 and logs["implicit_accuracy"][0] == 0.5
+    assert server.run(train_flags(tmp_path / "out", **flags), **TWO_PROCESSES) == 0, server.output()
+    shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    resumed = train_flags(tmp_path / "resumed", resume_from_checkpoint="latest", **flags)
+    assert server.run(resumed, **TWO_PROCESSES) == 0, server.output()
+    logs, resumed = read_logs(tmp_path / "out"), read_logs(tmp_path / "resumed")
+    assert len(logs["loss"]) == 4 and resumed["loss"] == logs["loss"][2:]
 
 
 def test_streaming_from_the_hub(shards, tmp_path):
     """Of files that are mostly images, a short run fetches a part."""
     repo = tmp_path / "root" / "ada" / "pairs"
     shutil.copytree(shards, repo / "data")
-    flags = {**FAST, "dataset_name": "ada/pairs", "rank": 2, "shuffle_buffer_size": 16, "max_train_steps": 4}
+    flags = {**FAST, "dataset_name": "ada/pairs", "rank": 2, "max_train_steps": 2, "train_batch_size": 1}
     with hub_server.serve(tmp_path / "root") as hub:
         done = subprocess.run(
             [sys.executable, ROOT / "train_smpo_sd15.py", *train_flags(tmp_path / "out", **flags)],
             env={**os.environ, **hub.environment(tmp_path / "home")}, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        assert len(read_logs(tmp_path / "out")["loss"]) == 4
+        assert len(read_logs(tmp_path / "out")["loss"]) == 2
         assert any(range for _, path, range in hub.requests if path.endswith(".parquet"))
     assert not list((tmp_path / "home").rglob("*.parquet"))
 
@@ -202,15 +183,11 @@ def test_streaming_from_the_hub(shards, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"streaming": None, "shuffle_buffer_size": 5}, "--shuffle_buffer_size belongs to --streaming"),
-        ({"shuffle_buffer_size": 0}, "--shuffle_buffer_size must be positive"),
-        (
-            {"dataset_split_name": "validation"},
-            "--streaming reads Parquet files in place, and .* has none of the split",
-        ),
-        ({"dataset_name": "saved"}, "--streaming reads Parquet files in place, and --dataset_name saved has none"),
-        ({"image_0_column": "left"}, "no column for --image_0_column left"),
-        ({"dataset_name": "cut"}, "1 of 1 Parquet files cannot be read"),
+        ({"dataset_split_name": "validation"}, "--dataset_name .* --dataset_split_name validation cannot be loaded"),
+        ({"dataset_name": "saved"}, "--streaming of --dataset_name saved cannot be loaded: .*save_to_disk"),
+        ({"image_columns": ["left", "jpg_1"]}, "no column for --image_columns left"),
+        ({"dataset_name": "cut"}, "--streaming of --dataset_name cut cannot be loaded"),
+        ({"dataset_name": "pictures"}, "--streaming of --dataset_name pictures cannot be loaded.*Accepted: Parquet"),
     ],
 )
 def test_bad_input_is_named(flags, message, tmp_path, monkeypatch):
@@ -218,5 +195,7 @@ def test_bad_input_is_named(flags, message, tmp_path, monkeypatch):
     datasets.Dataset(pq.read_table(TINY / "pairs" / "test.parquet")).save_to_disk("saved")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "train.parquet").write_bytes((TINY / "pairs" / "train.parquet").read_bytes()[:-50])
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "train.csv").write_text("jpg_0,jpg_1\n1,2\n")
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         train(tmp_path / "out", **{**FAST, **flags})

@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -13,30 +15,34 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import TINY, command_line, names_in, train, train_flags, unet_weights, write_pairs
+from conftest import ROOT, TINY, command_line, names_in, train, train_flags, unet_weights, write_pairs
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from train_smpo_sd15 import (
-    PairDataset,
-    PairSampler,
     collate_pairs,
     cut_square,
+    decode_image,
     encode_prompts,
-    join_labels,
+    image_folders,
     load_data,
     parse_args,
     select_pairs,
+    shuffled_keys,
     smpo_loss,
 )
 
 
 LOGGED = {
     "loss", "implicit_accuracy", "reward_margin", "model_error_preferred", "model_error_rejected",
-    "ref_error_preferred", "ref_error_rejected", "std_tau", "weight_share/weak", "weight_share/medium",
-    "weight_share/strong", "lr", "grad_norm", "pairs_per_second", "epoch", "skipped_pairs", "nonfinite_steps",
+    "ref_error_preferred", "ref_error_rejected", "std_tau", "weight", "lr", "grad_norm", "pairs_per_second", "epoch",
+    "skipped_pairs", "nonfinite_steps",
 }  # fmt: skip
+
+
+# The first step: policy and reference are equal, and judged in the same shape. Nothing but one logsigmoid(0) is rounded.
+LOG_2 = pytest.approx(math.log(2), abs=1e-6)
 
 
 # What a run writes
@@ -45,41 +51,43 @@ LOGGED = {
 def test_full_fine_tuning(tmp_path, labels_path):
     logs = train(
         tmp_path, labels_path=labels_path, validation_prompts=["a large red circle", "a blue square"],
-        num_validation_images=1, validation_steps=1, validation_guidance_scale=2.0, checkpointing_steps=1,
+        num_validation_images=1, validation_steps=1, validation_inference_steps=2, checkpointing_steps=1,
     )  # fmt: skip
     assert set(logs) == LOGGED and len(logs["loss"]) == 2
-    assert logs["loss"][0] == pytest.approx(
-        math.log(2), abs=1e-6
-    )  # policy and reference are equal before the first step
-    assert logs["implicit_accuracy"][0] == 0.5 and logs["grad_norm"][0] > 0
+    assert logs["loss"][0] == LOG_2 and logs["implicit_accuracy"][0] == 0.5 and logs["reward_margin"][0] == 0
+    assert logs["grad_norm"][0] > 0
     assert logs["model_error_preferred"][0] == logs["ref_error_preferred"][0]
     assert logs["loss"][1] != logs["loss"][0]
-    shares = [logs[f"weight_share/{name}"][0] for name in ("weak", "medium", "strong")]
-    assert sum(shares) == pytest.approx(1)
+    assert 0 < logs["weight"][0] < 10
 
     assert names_in(tmp_path) == {
-        "README.md", "checkpoint-1", "checkpoint-2", "feature_extractor", "logs", "model_index.json", "scheduler",
-        "text_encoder", "tokenizer", "training_args.json", "unet", "vae", "validation",
-    } - {"feature_extractor"}  # fmt: skip
+        "README.md", "checkpoint-1", "checkpoint-2", "logs", "model_index.json", "scheduler", "text_encoder", "tokenizer",
+        "training_args.json", "unet", "vae", "validation",
+    }  # fmt: skip
     assert names_in(tmp_path / "validation") == {"step-1.png", "step-2.png"}
-    assert Image.open(tmp_path / "validation" / "step-2.png").width == 2 * 192
     before, after = unet_weights(TINY / "sd15"), unet_weights(tmp_path)
     assert not [name for name in before if torch.equal(before[name], after[name])]  # every parameter has moved
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
     assert pipeline("a red circle", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
 
     card = (tmp_path / "README.md").read_text()
-    assert "arxiv.org/abs/2506.02698" in card and "validation/step-2.png" in card and "`beta_dpo` | `2000" in card
+    assert (
+        "arxiv.org/abs/2506.02698" in card
+        and "validation/step-2.png" in card
+        and "`beta_dpo` | `2000" in card
+        and str(ROOT) not in card
+    )
     record = json.loads((tmp_path / "training_args.json").read_text())
     assert record["args"]["renoise_at"] == "last_move" and record["versions"]["torch"] == torch.__version__
 
 
 def test_lora(tmp_path, labels_path):
     """The saved LoRA, loaded by diffusers, is the policy: its alpha unlike its rank is not forgotten."""
-    logs = train(tmp_path, labels_path=labels_path, rank=4, lora_alpha=8, learning_rate=1e-2, checkpointing_steps=2)
-    assert logs["loss"][0] == pytest.approx(math.log(2), abs=1e-6) and logs["loss"][1] != logs["loss"][0]
+    logs = train(tmp_path, labels_path=labels_path, rank=4, lora_alpha=8, learning_rate=1e-2)
+    assert logs["loss"][0] == LOG_2 and logs["loss"][1] != logs["loss"][0]
     assert names_in(tmp_path) == {
-        "README.md", "checkpoint-2", "logs", "pytorch_lora_weights.safetensors", "training_args.json"
+        "README.md", "checkpoint-2", "logs", "pytorch_lora_weights.safetensors",
+        "pytorch_lora_weights_kohya.safetensors", "training_args.json",
     }  # fmt: skip
     weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -102,7 +110,7 @@ def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     train(
         tmp_path / "out", noising="forward", label_column="label_0", report_to="wandb", max_train_steps=1,
-        validation_prompts=["a red circle"], num_validation_images=1,
+        validation_prompts=["a red circle"], num_validation_images=1, validation_inference_steps=2,
     )  # fmt: skip
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(run.glob("files/media/images/validation_*.png"))
@@ -115,22 +123,21 @@ def test_wandb_gets_numbers_and_pictures(tmp_path, monkeypatch):
     [
         {"noising": "forward", "label_column": "label_0", "gamma": 1},
         {"noising": "ddim"},
+        {"noising": "released"},
         {"renoise_at": "every_move"},
-        {"inversion_guidance_scale": 3.0},
         {"mixed_precision": "bf16"},
         {"mixed_precision": "bf16", "rank": 2, "gradient_checkpointing": True},
         {"optimizer": "adafactor", "gradient_checkpointing": True},
         {"use_8bit_adam": True},
-        {"prediction_type": "v_prediction", "random_crop": True, "image_interpolation_mode": "lanczos"},
-        {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "scale_lr": True, "dataloader_num_workers": 1},
-        {"max_train_samples": 5, "proportion_empty_prompts": 1.0, "vae_encode_batch_size": 3},
+        {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "dataloader_num_workers": 1, "no_hflip": None},
+        {"max_train_samples": 5, "proportion_empty_prompts": 1.0, "train_batch_size": 3, "allow_tf32": True},
     ],
     ids=lambda flags: ",".join(flags),
 )
 def test_every_way_to_train_moves_every_weight(flags, tmp_path, labels_path):
     """Two steps each; reference and policy agree before the first in every precision, and every trained tensor moves."""
     logs = train(tmp_path, labels_path=labels_path, **flags)
-    assert logs["loss"][0] == pytest.approx(math.log(2), abs=1e-6), logs["loss"]
+    assert logs["loss"][0] == LOG_2 and logs["reward_margin"][0] == 0
     assert all(np.isfinite(values).all() for values in logs.values())
     if "rank" in flags:
         assert all(value.any() for value in load_file(tmp_path / "pytorch_lora_weights.safetensors").values())
@@ -139,23 +146,26 @@ def test_every_way_to_train_moves_every_weight(flags, tmp_path, labels_path):
         assert not [name for name in before if torch.equal(before[name], after[name])]
 
 
-@pytest.mark.parametrize(
-    "scheduler", ["linear", "cosine_with_restarts", "polynomial", "constant", "piecewise_constant"]
-)
+@pytest.mark.parametrize("scheduler", ["linear", "cosine_with_restarts", "polynomial", "constant"])
 def test_schedules_step_once_an_optimiser_step(scheduler, tmp_path):
-    rules = "0.5:1,0.1:2,0.01" if scheduler == "piecewise_constant" else None
     logs = train(
-        tmp_path, noising="forward", label_column="label_0", lr_scheduler=scheduler, lr_step_rules=rules,
-        max_train_steps=3, gradient_accumulation_steps=2, train_batch_size=1,
+        tmp_path, noising="forward", label_column="label_0", lr_scheduler=scheduler, max_train_steps=3,
+        gradient_accumulation_steps=2, train_batch_size=1, rank=2,
     )  # fmt: skip
     expected = {
         "linear": [1, 2 / 3, 1 / 3],
         "cosine_with_restarts": [0.5 * (1 + math.cos(math.pi * i / 3)) for i in range(3)],
         "polynomial": [1 - (1 - 1e-3) * i / 3 for i in range(3)],
         "constant": [1, 1, 1],
-        "piecewise_constant": [0.5, 0.1, 0.01],
     }[scheduler]
-    np.testing.assert_allclose(logs["lr"], [1e-4 * factor for factor in expected], rtol=2e-3)
+    np.testing.assert_allclose(logs["lr"], [1e-4 * factor for factor in expected], rtol=1e-6)  # logged in fp32
+
+
+def test_the_published_learning_rate_is_the_default(tmp_path):
+    """1e-8 times the pairs of a step."""
+    flags = {"noising": "forward", "label_column": "label_0", "rank": 2, "max_train_steps": 1, "learning_rate": None}
+    logs = train(tmp_path, train_batch_size=2, gradient_accumulation_steps=3, **flags)
+    assert logs["lr"] == [pytest.approx(6e-8)]
 
 
 def test_epochs_count_the_steps(tmp_path):
@@ -163,7 +173,7 @@ def test_epochs_count_the_steps(tmp_path):
         tmp_path, noising="forward", label_column="label_0", rank=2, max_train_steps=None, num_train_epochs=2,
         max_train_samples=5,
     )  # fmt: skip
-    assert logs["epoch"] == [0.5, 1.0, 1.5, 2.0]
+    assert logs["epoch"] == pytest.approx([0.4, 0.8, 1.2, 1.6])  # the fifth pair waits for another shuffle
 
 
 # The same run, cut up in other ways
@@ -187,17 +197,21 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(flags, tmp_path, labels
 
 
 def test_micro_batches_do_not_change_the_run(tmp_path, labels_path):
-    """1 x 4, 2 x 2 and 4 x 1: the same pairs, timesteps and noise, hence the same gradient but for rounding."""
-    grad_norms, losses = [], []
+    """1 x 4, 2 x 2 and 4 x 1: the same pairs, timesteps and noise, hence the same gradient but for rounding.
+
+    fp32 rounds errors of about 1 by some 1e-6 in another shape. The gradient is a sum of eight such errors' gradients, which
+    nothing magnifies before the first step: a hundredth is far above its rounding and far below a pair too many.
+    """
+    grad_norms, std_taus = [], []
     for batch in (1, 2, 4):
         logs = train(
-            tmp_path / str(batch), labels_path=labels_path, train_batch_size=batch,
-            gradient_accumulation_steps=4 // batch, learning_rate=1e-5,
+            tmp_path / str(batch), labels_path=labels_path, train_batch_size=batch, max_train_steps=1,
+            gradient_accumulation_steps=4 // batch,
         )  # fmt: skip
         grad_norms.append(logs["grad_norm"])
-        losses.append(logs["loss"])
-    np.testing.assert_allclose(grad_norms[1:], [grad_norms[0]] * 2, rtol=1e-3)
-    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-4)
+        std_taus.append(logs["std_tau"])
+    np.testing.assert_allclose(grad_norms[1:], [grad_norms[0]] * 2, rtol=1e-2)
+    np.testing.assert_allclose(std_taus[1:], [std_taus[0]] * 2, rtol=1e-3)
 
 
 def test_forward_with_hard_labels_is_diffusion_dpo(tmp_path):
@@ -206,10 +220,8 @@ def test_forward_with_hard_labels_is_diffusion_dpo(tmp_path):
     logs = train(tmp_path, proportion_empty_prompts=0.0, **flags)
 
     args = parse_args(train_flags(tmp_path / "other", proportion_empty_prompts=0.0, **flags))
-    pairs = load_data(args.dataset_name, None, "train", None)
-    rows, labels = select_pairs(pairs, args.labels_path, args)
-    keys = next(iter(PairSampler(len(rows), 4, 1, 0, args.seed, start=0)))
-    batch = collate_pairs([PairDataset(pairs, rows, labels, 1000, args)[key] for key in keys])
+    pairs = select_pairs(load_data(args.dataset_name, None, "train"), 1000, args)
+    batch = collate_pairs([pairs[key] for key in next(shuffled_keys(pairs, 0, 1, 0, args))])
     pipeline = StableDiffusionPipeline.from_pretrained(TINY / "sd15", torch_dtype=torch.float32)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     with torch.no_grad():
@@ -232,7 +244,24 @@ def test_forward_with_hard_labels_is_diffusion_dpo(tmp_path):
     loss = -torch.nn.functional.logsigmoid(-0.5 * 2000 * (model_diff - ref_diff)).mean()
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in pipeline.unet.parameters() if p.grad is not None]).norm()
-    assert logs["grad_norm"][0] == pytest.approx(float(norm), rel=1e-3)
+    assert logs["grad_norm"][0] == pytest.approx(float(norm), rel=1e-2)  # sums in other orders; beta is 1000 times
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    flags = {
+        "noising": "forward",
+        "label_column": "label_0",
+        "rank": 2,
+        "max_train_steps": 2,
+        "checkpointing_steps": 1,
+    }
+    train(tmp_path, **flags)
+    path = tmp_path / "checkpoint-2" / "optimizer.bin"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(
+        ValueError, match="(?s)--resume_from_checkpoint .*checkpoint-2 cannot be loaded.*the one before"
+    ):
+        train(tmp_path, resume_from_checkpoint="latest", **flags)
 
 
 def test_checkpoints_total_limit_keeps_the_newest(tmp_path):
@@ -252,7 +281,7 @@ def test_pretrained_unet_is_where_policy_and_reference_start(tmp_path, labels_pa
         max_train_steps=1,
     )
     other = train(tmp_path / "base", labels_path=labels_path, max_train_steps=1)
-    assert logs["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert logs["loss"][0] == LOG_2
     assert logs["ref_error_preferred"][0] != other["ref_error_preferred"][0]
 
 
@@ -260,29 +289,34 @@ def test_pretrained_unet_is_where_policy_and_reference_start(tmp_path, labels_pa
 
 
 def test_labels_are_joined_by_key_not_by_place(labels_path, tmp_path):
+    """From several files, rows that agree twice over."""
     labels = pq.read_table(labels_path)
     shuffled = labels.take(np.random.default_rng(0).permutation(len(labels)))
-    pq.write_table(shuffled, tmp_path / "shuffled.parquet")
-    pairs = load_data(str(TINY / "pairs"), None, "train", None)
-    joined = join_labels(
-        pairs, str(tmp_path / "shuffled.parquet"), "soft_label_0", ["image_0_uid", "image_1_uid", "ranking_id"]
-    )
-    np.testing.assert_array_equal(joined, labels["soft_label_0"].to_numpy().astype(np.float64))
+    pq.write_table(shuffled.slice(0, 300), tmp_path / "first.parquet")
+    pq.write_table(shuffled.slice(250), tmp_path / "second.parquet")
+    PartialState()  # the logger asks it which process this is
+    files = [tmp_path / "first.parquet", tmp_path / "second.parquet"]
+    args = parse_args(train_flags(tmp_path / "out", labels_path=files, human_label_column="none"))
+    pairs = select_pairs(load_data(str(TINY / "pairs"), None, "train"), 1000, args)
+    expected = labels["soft_label_0"].to_numpy()
+    assert len(pairs) > 500
+    np.testing.assert_array_equal(pairs.rows, np.flatnonzero(~np.isnan(expected) & (expected != 0.5)))
+    np.testing.assert_array_equal(pairs.soft_labels_0, expected[pairs.rows])
 
 
 def test_labels_of_other_data_are_refused(labels_path, tmp_path):
     labels = pq.read_table(labels_path)
     pq.write_table(labels.slice(3), tmp_path / "short.parquet")
     missing = labels["image_0_uid"][0].as_py()
-    with pytest.raises(ValueError, match=f"no label for 3 of the .* row 0 of the data set, image_0_uid {missing}"):
+    with pytest.raises(ValueError, match=f"no label for 3 of the .* row 0 of the data set, .*{missing}"):
         train(tmp_path / "out", labels_path=tmp_path / "short.parquet")
     pq.write_table(labels.drop(["image_1_uid"]), tmp_path / "keyless.parquet")
     with pytest.raises(ValueError, match="needs the columns image_0_uid, image_1_uid and soft_label_0"):
         train(tmp_path / "out", labels_path=tmp_path / "keyless.parquet")
     other = labels.set_column(6, "soft_label_0", pc.subtract(pa.scalar(1.0, pa.float32()), labels["soft_label_0"]))
-    pq.write_table(pa.concat_tables([labels, other]), tmp_path / "double.parquet")
-    with pytest.raises(ValueError, match="several labels for row"):
-        train(tmp_path / "out", labels_path=tmp_path / "double.parquet")
+    pq.write_table(other, tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="has several labels for {'image_0_uid'"):
+        train(tmp_path / "out", labels_path=[labels_path, tmp_path / "other.parquet"])
 
 
 def test_damaged_pairs_and_ties_are_left_out(tmp_path, caplog):
@@ -307,8 +341,17 @@ def test_damaged_pairs_and_ties_are_left_out(tmp_path, caplog):
     "columns, flags, message",
     [
         ({}, {"label_column": "soft"}, "no column for --label_column soft.*It has .*caption"),
-        ({}, {"label_column": "label_0", "image_0_column": "left"}, "--image_0_column left"),
+        ({}, {"label_column": "label_0", "image_columns": ["left", "jpg_1"]}, "--image_columns left"),
+        ({}, {"label_column": "caption"}, r"The label column caption has to hold numbers in \[0, 1\], it holds \['"),
+        ({}, {"label_column": "label_0", "caption_column": "label_1"}, "--caption_column label_1 holds no texts"),
+        ({}, {"label_column": "label_0", "dataset_name": "$PAIRS"}, "--dataset_name .* cannot be loaded"),
+        ({}, {"label_column": "label_0", "pretrained_model_name_or_path": __file__}, "is a file: save a folder from"),
         ({"mine": [0.5] * 8}, {"label_column": "mine"}, "No pair of .* is left"),
+        (
+            {"jpg_0": ["http://x/1.jpg"] * 8},
+            {"label_column": "label_0"},
+            "jpg_0 has to hold encoded images, it holds string",
+        ),
         ({"mine": [0.1] * 6 + [1.5, 0.2]}, {"label_column": "mine"}, "row 6 has 1.5"),
         (
             {},
@@ -325,7 +368,7 @@ def test_damaged_pairs_and_ties_are_left_out(tmp_path, caplog):
             {"label_column": "label_0", "pretrained_unet_model_name_or_path": "/no/such"},
             "--pretrained_unet_model_name_or_path /no/such cannot be loaded",
         ),
-        ({}, {"label_column": "label_0", "rank": 2, "lora_layers": "to_x"}, "--lora_layers to_x: .*not found"),
+        ({}, {"label_column": "label_0", "rank": 2, "lora_layers": "to_x"}, "--lora_layers to_x .*not found"),
         (
             {},
             {"label_column": "label_0", "num_inversion_steps": 2000},
@@ -342,64 +385,32 @@ def test_damaged_pairs_and_ties_are_left_out(tmp_path, caplog):
 )
 def test_bad_data_is_named(columns, flags, message, tmp_path):
     path = write_pairs(tmp_path / "pairs.parquet", **columns)
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path / "out", dataset_name=path, **flags)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        train(tmp_path / "out", **{"dataset_name": path, **flags})
 
 
 @pytest.mark.parametrize(
     "flags, messages",
     [
-        ({"resolution": 60}, ["--resolution must be a multiple of 8"]),
-        ({"lora_alpha": 4}, ["--lora_alpha belongs to LoRA training"]),
-        ({"output_kohya_format": True}, ["--output_kohya_format belongs to LoRA training"]),
-        ({"noising": "ddim", "renoise_at": "last_move"}, ["--renoise_at belongs to --noising renoise"]),
+        ({"lora_alpha": 4}, ["--lora_alpha does nothing without --rank"]),
+        ({"noising": "ddim", "renoise_at": "last_move"}, ["--renoise_at does nothing without --noising renoise"]),
         (
-            {"noising": "forward", "num_inversion_steps": 9, "inversion_guidance_scale": 1.0},
-            ["--num_inversion_steps has no meaning", "--inversion_guidance_scale has no meaning"],
+            {"noising": "forward", "num_inversion_steps": 9},
+            ["--num_inversion_steps does nothing without another --noising"],
         ),
-        ({"use_8bit_adam": True, "optimizer": "adafactor"}, ["--use_8bit_adam is an AdamW"]),
-        ({"lr_scheduler": "piecewise_constant"}, ["--lr_step_rules and --lr_scheduler piecewise_constant need"]),
-        ({"lr_scheduler": "constant", "lr_warmup_steps": 3}, ["has no warm-up"]),
-        ({"report_to": "wandb", "push_to_hub": True, "hub_token": "x"}, ["--hub_token would be logged"]),
         (
-            {"logging_dir": "/shared/logs"},
-            ["--logging_dir must name a folder inside --output_dir, got '/shared/logs'"],
+            {"use_8bit_adam": True, "optimizer": "adafactor"},
+            ["--use_8bit_adam does nothing without --optimizer adamw"],
         ),
-        ({"logging_dir": "../logs"}, ["--logging_dir must name a folder inside --output_dir"]),
-        ({"logging_dir": "."}, ["--logging_dir must name a folder inside --output_dir"]),
-        ({"hub_model_id": "a/b"}, ["do nothing without --push_to_hub"]),
-        ({"resume_despite_changes": True}, ["--resume_despite_changes does nothing without --resume_from_checkpoint"]),
         (
-            {"resume_from_checkpoint": "latest", "overwrite_output_dir": True},
-            ["--overwrite_output_dir and --resume_from_checkpoint exclude each other"],
+            {"lr_scheduler": "constant", "lr_warmup_steps": 3},
+            ["--lr_warmup_steps does nothing without another --lr_sch"],
         ),
-        ({"labels_path": "/no/labels.parquet"}, ["--labels_path /no/labels.parquet is not a file"]),
-        ({"resume_from_checkpoint": "/no/checkpoint-3"}, ["is not an existing folder named checkpoint-STEP"]),
+        ({"hub_model_id": "a/b", "hub_public": True}, ["--hub_model_id does nothing", "--hub_public does nothing"]),
+        ({"key_columns": ["a"]}, ["--key_columns takes 2 or 3 columns, got a"]),
         (
-            {
-                "train_batch_size": 0,
-                "beta_dpo": -1,
-                "proportion_empty_prompts": 2,
-                "seed": -1,
-                "adam_beta1": 1.0,
-                "learning_rate": "nan",
-                "gamma": "inf",
-                "inversion_guidance_scale": "nan",
-                "max_bad_fraction": 1.5,
-                "max_nonfinite_steps": 0,
-            },
-            [
-                "--train_batch_size must be positive and finite, got 0",
-                "--beta_dpo must be positive and finite, got -1",
-                "--proportion_empty_prompts must be in [0, 1], got 2",
-                "--seed must not be negative, got -1",
-                "--adam_beta1 must be in [0, 1), got 1.0",
-                "--learning_rate must be positive and finite, got nan",
-                "--gamma must be positive and finite, got inf",
-                "--inversion_guidance_scale must be finite, got nan",
-                "--max_bad_fraction must be in [0, 1], got 1.5",
-                "--max_nonfinite_steps must be positive",
-            ],
+            {"labels_path": "/no/labels.parquet", "resume_from_checkpoint": "/no/checkpoint-3"},
+            ["--labels_path /no/labels.parquet is not a file", "is not an existing folder named checkpoint-STEP"],
         ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -411,36 +422,79 @@ def test_bad_flags_are_all_named_at_once(flags, messages, tmp_path):
     assert [message for message in messages if message not in str(error.value)] == []
 
 
-def test_sampler_deals_every_pair_once_an_epoch_and_goes_on_where_it_stopped():
-    def take(process, start, count):
-        batches = iter(PairSampler(11, 2, 2, process, seed=3, start=start))
-        return [next(batches) for _ in range(count)]
+@pytest.mark.parametrize(
+    "flag, value, accepted",
+    [
+        ("resolution", 60, "a multiple of 8"),
+        ("train_batch_size", 0, "a whole number above 0"),
+        ("beta_dpo", -1, "a number above 0"),
+        ("gamma", "inf", "a number above 0"),
+        ("learning_rate", "nan", "a number above 0"),
+        ("proportion_empty_prompts", 2, r"in \[0, 1\]"),
+        ("seed", -1, "a whole number, 0 or more"),
+        ("adam_beta1", 1.0, r"in \[0, 1\)"),
+        ("rank", 2.5, "a whole number above 0"),
+    ],
+)
+def test_a_number_that_is_none_is_named(flag, value, accepted, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_args(train_flags(tmp_path, **{flag: value}))
+    assert error.value.code == 2
+    assert re.search(rf"argument --{flag}: must be {accepted}.*, got {value}\n$", capsys.readouterr().err)
 
-    first, second = take(0, 0, 6), take(1, 0, 6)
-    for epoch in range(3):
-        keys = [key for batches in (first, second) for batch in batches[2 * epoch : 2 * epoch + 2] for key in batch]
-        assert {key[0] for key in keys} == {epoch} and len({key[1] for key in keys}) == 8
-    assert take(1, 3, 3) == second[3:]
+
+def test_a_user_s_mistake_is_the_last_thing_on_the_screen(tmp_path):
+    """Its text alone, without a traceback, and exit code 2."""
+    flags = train_flags(tmp_path / "out", pretrained_model_name_or_path="no/such")
+    done = subprocess.run([sys.executable, ROOT / "train_smpo_sd15.py", *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(
+        r"\ntrain_smpo_sd15.py: --pretrained_model_name_or_path no/such cannot .*\nAccepted: .*\n$", done.stderr
+    )
 
 
-def test_the_images_of_a_pair_share_crop_and_mirror_and_keep_their_shape():
-    """A mark in the picture lies at the same place of the cut at either size; nothing is squashed."""
+@pytest.fixture
+def load(tmp_path):
+    """The tiny training pairs, or other ones, with human labels, as a run has them."""
+    PartialState()  # the logger asks it which process this is
+
+    def load(**flags):
+        args = parse_args(train_flags(tmp_path / "out", **{"label_column": "label_0", **flags}))
+        return select_pairs(load_data(args.dataset_name, None, "train"), 1000, args), args
+
+    return load
+
+
+def test_every_pair_is_dealt_once_an_epoch_and_a_run_goes_on_where_it_stopped(load):
+    pairs, args = load(
+        train_batch_size=2, max_train_samples=None, gradient_accumulation_steps=3, inversion_batch_size=1
+    )
+    pairs = pairs.subset(np.arange(15))
+
+    def take(process, start, steps):
+        groups = shuffled_keys(pairs, start, 2, process, args)
+        return [[next(groups) for _ in range(3)] for _ in range(steps)]
+
+    first, second = take(0, 0, 4), take(1, 0, 4)
+    for epoch in range(4):  # a step is an epoch of 12 of the 15 pairs
+        keys = [key for groups in (first[epoch], second[epoch]) for group in groups for key in group]
+        assert {key[0] for key in keys} == {epoch} and len({key[1] for key in keys}) == 12
+    assert take(1, 3, 1) == second[3:]
+
+
+def test_the_middle_of_a_picture_keeps_its_shape():
+    """A square mark in the middle of a wide picture is as square and as large at either size, and where it was."""
 
     def picture(width, height):
         image = Image.new("RGB", (width, height), "black")
-        box = [int(width * 0.5), int(height * 0.25), int(width * 0.75), int(height * 0.5)]
-        image.paste("white", box)
+        image.paste("white", [width // 2, height // 4, width // 2 + height // 4, height // 2])
         return image
 
-    (small, small_at), (large, large_at) = (
-        cut_square(picture(w, h), 64, (0.5, 1.0), True, "bilinear") for w, h in ((96, 64), (384, 256))
-    )
-    assert small_at == large_at == (0, 0)  # the right edge, at the left of the mirrored picture
+    small, large = (cut_square(picture(w, h), 64, mirror=True) for w, h in ((96, 64), (384, 256)))
     assert small.shape == (3, 64, 64) and small.dtype == torch.uint8 and (small.min(), small.max()) == (0, 255)
     assert (small.float() - large).abs().mean() < 4
-    # the right cut of the wide picture shows columns 32..96 of 96: the mark at 48..72 is at 16..40, mirrored at 24..48
-    bright = (large[0] > 127).any(dim=0).nonzero()[:, 0]
-    assert abs(int(bright[0]) - 24) <= 1 and abs(int(bright[-1]) - 47) <= 1
+    bright = (large[0] > 127).nonzero()  # columns 32..48 of the middle 64, mirrored 16..32; rows 16..32
+    assert (bright.min(dim=0).values - 16).abs().max() <= 1 and (bright.max(dim=0).values - 31).abs().max() <= 1
 
 
 def test_loss_of_the_batch_is_the_mean_over_micro_batches():
@@ -451,47 +505,54 @@ def test_loss_of_the_batch_is_the_mean_over_micro_batches():
     torch.testing.assert_close(whole, torch.stack(parts).mean())
 
 
-def test_encoded_pictures_are_read_back(tmp_path):
-    """8-bit levels survive cut_square at the native size."""
-    noise = Image.effect_noise((64, 64), 80).convert("RGB")
+def test_pictures_are_read_as_they_are(tmp_path):
+    """8-bit levels survive `cut_square` at the native size; of 16 bits the upper eight are left."""
+    noise = Image.effect_noise((64, 64), 80)
+    np.testing.assert_array_equal(
+        cut_square(noise.convert("RGB"), 64, False).permute(1, 2, 0), np.array(noise.convert("RGB"))
+    )
+    deep = Image.fromarray(np.asarray(noise).astype(np.uint16) * 257)
+    np.testing.assert_array_equal(np.asarray(decode_image(encoded(deep), []))[..., 0], np.asarray(noise))
+
+
+def encoded(image, kind="PNG", **options):
     buffer = io.BytesIO()
-    noise.save(buffer, "PNG")
-    pixels, _ = cut_square(Image.open(io.BytesIO(buffer.getvalue())), 64, (0.5, 0.5), False, "bilinear")
-    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), np.array(noise))
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
-def test_both_images_of_a_pair_are_cut_and_mirrored_alike(tmp_path):
+def test_a_data_set_cannot_reach_other_files_or_programs(tmp_path):
+    """PostScript, which Pillow hands to Ghostscript; files outside of the data set's folder; pictures that fill the memory."""
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "inside.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
+    folders = image_folders(str(tmp_path / "data"))
+    assert decode_image({"bytes": None, "path": str(tmp_path / "data" / "inside.png")}, folders).size == (8, 8)
+    for path in ("outside.png", "data/../outside.png", "data/none.png", "/dev/zero"):
+        with pytest.raises(ValueError, match="is no file in the folder of the data set"):
+            decode_image({"bytes": None, "path": str(tmp_path / path)}, folders)
+    with pytest.raises(ValueError, match="UnidentifiedImageError"):
+        decode_image(encoded(Image.new("RGB", (8, 8)), "EPS"), folders)
+    with pytest.raises(ValueError, match="10000 x 5001 pixels, more than 50,000,000"):
+        decode_image(encoded(Image.new("L", (10_000, 5_001))), folders)
+
+
+def test_both_images_of_a_pair_are_mirrored_alike(tmp_path, load):
     """With the same picture on both sides the two tensors are equal, in every epoch; half of the pairs are mirrored."""
     table = pq.read_table(TINY / "pairs" / "test.parquet")
-    pictures = []
-    for i, jpg in enumerate(table["jpg_0"].to_pylist()):
-        buffer = io.BytesIO()
-        Image.open(io.BytesIO(jpg)).resize((64 + 8 * (i % 3), 64)).save(buffer, "PNG")
-        pictures.append(buffer.getvalue())
+    pictures = [encoded(Image.open(io.BytesIO(jpg))) for jpg in table["jpg_0"].to_pylist()]
     for column in ("jpg_0", "jpg_1"):
         table = table.set_column(table.schema.get_field_index(column), column, pa.array(pictures))
     pq.write_table(table, tmp_path / "pairs.parquet")
-    PartialState()  # the logger asks it which process this is
-
-    def load(**flags):
-        args = parse_args(
-            train_flags(tmp_path / "out", dataset_name=tmp_path / "pairs.parquet", label_column="label_0", **flags)
-        )
-        pairs = load_data(args.dataset_name, None, "train", None)
-        rows, labels = select_pairs(pairs, args.labels_path, args)
-        dataset = PairDataset(pairs, rows, labels, 1000, args)
-        return [dataset[epoch, i] for epoch in range(3) for i in range(len(dataset))]
-
-    mirrored = 0
-    flipped, straight = load(random_crop=True, no_hflip=None), load(random_crop=True)
-    for one, other in zip(flipped, straight):
-        assert torch.equal(one["pixel_values"][0], one["pixel_values"][1])
+    (flipped, _), (straight, _) = (
+        load(dataset_name=tmp_path / "pairs.parquet", no_hflip=flag) for flag in (None, True)
+    )
+    keys, mirrored, timesteps = [(epoch, i) for epoch in range(3) for i in range(len(flipped))], 0, set()
+    for key in keys:
+        one, other = flipped[key], straight[key]
+        assert torch.equal(*one["pixel_values"]) and torch.equal(*other["pixel_values"])
         assert one["timestep"] == other["timestep"] and one["seeds"] == other["seeds"]
         mirrored += not torch.equal(one["pixel_values"][0], other["pixel_values"][0])
-    assert 0.35 < mirrored / len(flipped) < 0.65
-    pairs = len(straight) // 3
-    moved = [
-        not torch.equal(a["pixel_values"][0], b["pixel_values"][0]) for a, b in zip(straight[:pairs], straight[pairs:])
-    ]
-    assert 0.4 < sum(moved) / pairs < 0.8  # a third of the pictures are square and have only one cut
-    assert len({example["timestep"] for example in straight}) > 0.8 * len(straight)
+        timesteps.add(one["timestep"])
+    # Draws of one seed, the same on every machine: half of them mirrored, and hardly a timestep twice among 1,000.
+    assert 0.35 < mirrored / len(keys) < 0.65 and len(timesteps) > 0.8 * len(keys)
