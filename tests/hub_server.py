@@ -3,14 +3,15 @@
     with hub_server.serve(root) as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(home)})
 
-The folder `root/user/name` is the repository `user/name`. It can be read with `datasets.load_dataset` (streaming or not),
-through `hf://` paths, by ranges of bytes, and with `hf_hub_download` and `snapshot_download`. It can be made and written to
-with `create_repo`, `upload_file`, `upload_folder` and the other calls that commit to a repository, given any token.
+The folder `root/user/name` is the repository `user/name`. It can be read with `datasets.load_dataset` (streaming or
+not), through `hf://` paths, by ranges of bytes, and with `hf_hub_download` and `snapshot_download`. It can be made and
+written to with `create_repo`, `upload_file`, `upload_folder` and the other calls that commit to a repository, given
+any token, unless the Hub is `read_only`.
 
-A commit's hash is that of the repository's files, so they may be changed on disk as well. Of an earlier commit, the files
-that have not changed since are served. Not supported: repositories of models and Spaces, branches other than `main`, tags,
-pull requests, history, long listings in pages, LFS and Xet: what is uploaded comes within the commit. `push_to_hub` of
-`datasets` counts on LFS and does not work.
+A commit's hash is that of the repository's files, so they may be changed on disk as well. Of an earlier commit, the
+files that have not changed since are served. Not supported: repositories of models and Spaces, branches other than
+`main`, tags, pull requests, history, long listings in pages, LFS and Xet: what is uploaded comes within the commit.
+`push_to_hub` of `datasets` counts on LFS and does not work.
 """
 
 import base64
@@ -73,6 +74,10 @@ class Hub(ThreadingHTTPServer):
         self.root, self.endpoint = Path(os.path.abspath(root)), f"http://127.0.0.1:{self.server_port}"
         self.requests, self.bytes_sent = [], 0
         self.commits, self.lock = {}, threading.RLock()
+        self.read_only, self.private = (
+            threading.Event(),
+            {},
+        )  # whether all writing is refused; `{repository: as asked}`
 
     def environment(self, home):
         """Variables that point the clients of a new process here, with all of their caches below `home`."""
@@ -128,6 +133,8 @@ class Handler(BaseHTTPRequestHandler):
                 if match := re.fullmatch(pattern, f"{self.command} {url.path}"):
                     if name in NEEDS_TOKEN and not self.headers["Authorization"]:
                         raise HubError(401, "Invalid username or password.")
+                    if name in NEEDS_TOKEN and self.server.read_only.is_set():
+                        raise HubError(403, "The Hub is read-only at the moment.")
                     parts = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
                     return getattr(self, name)(**parts)
             raise HubError(404, "Not found", "RepoNotFound")
@@ -174,7 +181,16 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, repo, revision="main"):
         sha, files = self.server.snapshot(repo, revision)
         siblings = [{"rfilename": name, "size": file["size"], "blobId": file["oid"]} for name, file in files.items()]
-        self.send_json({"id": repo, "sha": sha, "siblings": siblings, "private": False, "gated": False, "tags": []})
+        self.send_json(
+            {
+                "id": repo,
+                "sha": sha,
+                "siblings": siblings,
+                "private": self.server.private.get(repo, False),
+                "gated": False,
+                "tags": [],
+            }
+        )
 
     def tree(self, repo, revision, path=""):
         _, files = self.server.snapshot(repo, revision)
@@ -202,6 +218,8 @@ class Handler(BaseHTTPRequestHandler):
             raise HubError(400, "Only datasets can be created, and only by their full names")
         exists = (self.server.root / repo).is_dir()
         (self.server.root / repo).mkdir(parents=True, exist_ok=True)
+        is_private = wanted.get("private") or wanted.get("visibility") == "private"
+        self.server.private.setdefault(repo, bool(is_private))
         error = {"error": "You already created this dataset repo"} if exists else {}
         self.send_json({"url": f"{self.server.endpoint}/datasets/{repo}", **error}, 409 if exists else 200)
 

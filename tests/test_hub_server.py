@@ -36,8 +36,9 @@ def hub(root):
 
 def client(hub, home, function, *args):
     """Result of a function that uses nothing but its arguments and imports, in a new process whose Hub this is."""
-    call = f"print(json.dumps({function.__name__}(*json.loads(sys.argv[1]))))"
-    code = f"import json, sys\n{textwrap.dedent(inspect.getsource(function))}\n{call}"
+    call = f"print(json.dumps({function.__name__}(*json.loads(sys.argv[1]))), flush=True)"
+    leave = "os._exit(0)  # Arrow's threads may outlive Python's end, which aborts the process now and then"
+    code = f"import json, os, sys\n{textwrap.dedent(inspect.getsource(function))}\n{call}\n{leave}"
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(args)],
         env={**os.environ, **hub.environment(home)},
