@@ -34,54 +34,54 @@
         --models smpo=smpo-sd15 --prompts_path prompts.txt --output_dir evaluation
 
 Every model draws every prompt with the same seeds, and every image gets its rewards: 100 times the cosine of PickScore
-or of other CLIP-style models, and what else is asked for. A model's win rate over another is the share of images with the
-higher reward than the other's at the same prompt and seed, a tie counting a half; its 95 % interval is a bootstrap over
-prompts. With several files of prompts, or a --group_column, all of it is also said of each group.
-
-The output folder gets
+or of other CLIP-style models, and what else is asked for. A model's win rate over another is the share of images with
+the higher reward than the other's at the same prompt and seed, a tie counting a half. All intervals are of 95 % and
+over prompts, as the images of one are not independent. With several files of prompts, or a --group_column, all of it
+is also said of each group. With --run_dir every checkpoint of a training run is a model, and the best is named.
 
     images/NAME/PROMPT_IMAGE.png   the images
+    scores/NAME.json               their rewards, so that nothing is scored twice
     scores.csv                     one line an image
-    results.csv, results.json      medians, means and win rates, of every model over every other
-    results.md                     the same to read
+    results.csv, .json, .md        medians, means, win rates of every model over every other, and the best checkpoint
     comparison-NAME.png            base beside tuned, for prompts from the largest gain to the largest loss
-    gaps.png                       how tuned less base is distributed
-    checkpoints.png                win rate over training steps, with --run_dir
+    gaps.png, checkpoints.png      how tuned less base is distributed; win rate over training steps, with --run_dir
 
-The same command, started again, draws only the images that are not there yet. With `accelerate launch` several processes
-share the drawing; machines have to share the folder.
+The same command, started again, draws and scores only what is not there yet. With `accelerate launch` several
+processes share the work; machines have to share the folder.
 """
 
 import argparse
-import csv
-import functools
 import hashlib
+import html
 import importlib.util
+import itertools
 import json
-import logging
 import math
 import os
 import re
+import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import torch
-import transformers
 from accelerate import PartialState
-from accelerate.logging import get_logger
-from accelerate.utils import parse_flag_from_env
-from datasets import load_dataset, load_from_disk
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from datasets import DatasetDict, load_dataset_builder, load_from_disk
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import check_min_version
@@ -89,27 +89,32 @@ from diffusers.utils import check_min_version
 
 check_min_version("0.35.0")
 
-logger = get_logger(__name__)
-
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore was tuned from this CLIP
 AESTHETIC_CLIP = "openai/clip-vit-large-patch14"  # whose embeddings LAION's aesthetic head takes
-# The numbers of the linear layers in the linearMSE predictors, dropout between; others have ReLUs there and other numbers.
+# The numbers of the linear layers in the linearMSE predictors, dropout between; others have ReLUs and other numbers.
 AESTHETIC_LAYERS = [0, 2, 4, 6, 7]
-IMAGE_REWARD = "ImageReward-v1.0"
+# Pillow resizes, on every machine: torchvision, where it is installed, gives other pixels. transformers 4: `use_fast`.
+PIL_BACKEND = (
+    {"backend": "pil"} if importlib.util.find_spec("transformers.image_processing_backends") else {"use_fast": False}
+)
+DATASET_ACCEPTED = "a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder"
+PROMPTS_ACCEPTED = "UTF-8: txt with a prompt a line, a json list of prompts, or json, csv, tsv or Parquet with columns"
+MODELS_ACCEPTED = "a pipeline, UNet, training checkpoint or LoRA, each a folder or a Hub name, or a LoRA file"
+PROMPT_FILES = (".txt", ".json", ".csv", ".tsv", ".parquet")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
-NUM_BOOTSTRAP_SAMPLES = 10_000
-BOOTSTRAP_CHUNK = 500  # of them at a time
+ENDS = [0.025, 0.975]  # of a 95 % interval, as quantiles
+NUM_RESAMPLES = 10_000  # of the bootstrap
+NUM_HALVES = 1_000  # ways to split the prompts into two halves
+FEW_PROMPTS = 20  # below them no interval means much
 NUM_COMPARED_PROMPTS = 12
-PROMPT_FILES = [".txt", ".json", ".csv", ".tsv", ".parquet"]
-EVALUATION_RECORD = "evaluation_args.json"
+THUMBNAIL = 256  # width in pixels of an image in a picture of many
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell, for a spreadsheet
 MERGE_TIMEOUT = timedelta(days=7)  # how long a process waits at the end for a slower one
 ALL = "all"  # the group of all prompts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The statistics
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The statistics -------------------------------------------------------------------------------------------------
 
 
 def wins(scores, base_scores):
@@ -121,24 +126,62 @@ def wins(scores, base_scores):
     return (scores > base_scores) + 0.5 * (scores == base_scores)
 
 
-def bootstrap_interval(values, seed):
-    """95 % interval of the mean of `values` `[prompts, images]` when the prompts are drawn anew: (low, high).
+def resample_prompts(num_prompts, seed):
+    """How often each of P prompts comes up in each of `NUM_RESAMPLES` draws of P prompts, `[NUM_RESAMPLES, P]`.
 
-    A percentile bootstrap with `NUM_BOOTSTRAP_SAMPLES` draws; the images of a prompt stay together, as they are not
-    independent.
-
-    >>> won = np.repeat([[1.0, 1.0], [0.0, 0.0]], 50, axis=0)  # every image of 50 of 100 prompts
-    >>> bootstrap_interval(won, seed=0)
-    (0.4, 0.6)
+    >>> counts = resample_prompts(5, seed=0)
+    >>> counts.shape, bool((counts.sum(axis=1) == 5).all())
+    ((10000, 5), True)
     """
-    prompt_means = np.asarray(values, dtype=np.float64).mean(axis=1)
-    rng, count = np.random.default_rng(seed), len(prompt_means)
-    means = [
-        prompt_means[rng.integers(count, size=(BOOTSTRAP_CHUNK, count))].mean(axis=1)
-        for _ in range(NUM_BOOTSTRAP_SAMPLES // BOOTSTRAP_CHUNK)
-    ]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+    counts = np.random.default_rng(seed).multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), NUM_RESAMPLES)
+    return counts.astype(np.float32)  # whole numbers, for a fast matrix product
+
+
+def win_intervals(rates, counts):
+    """Ends `[2, D]` of the intervals of D mean win rates, from those at P prompts `[P, D]` and `resample_prompts`.
+
+    Wilson's (1927) where every prompt is wholly won or wholly lost; else the percentile bootstrap's, which would give
+    100 % to 100 % where all are won.
+
+    >>> won = np.repeat([[1.0, 0.5], [0.0, 1.0]], 50, axis=0)
+    >>> win_intervals(won, resample_prompts(100, seed=0)).round(3).tolist()
+    [[0.404, 0.7], [0.596, 0.8]]
+    """
+    count, means, z = len(rates), rates.mean(axis=0), NormalDist().inv_cdf(0.975)
+    resampled = np.quantile(counts @ rates.astype(np.float32) / count, ENDS, axis=0)
+    half = z * np.sqrt(means * (1 - means) / count + z**2 / (4 * count**2))
+    wilson = (means + z**2 / (2 * count) + np.stack([-half, half])) / (1 + z**2 / count)
+    return np.where(np.isin(rates, [0, 1]).all(axis=0), wilson.clip(0, 1), resampled)
+
+
+def resampled_medians(values, counts):
+    """Median over all images of `values` `[P, images]` in each resample of the prompts, `[NUM_RESAMPLES]`.
+
+    >>> counts = np.array([[1, 1, 1], [0, 0, 3], [2, 1, 0]])
+    >>> resampled_medians(np.array([[1.0], [2.0], [4.0]]), counts).tolist()
+    [2.0, 4.0, 1.0]
+    """
+    order, medians = np.argsort(values, axis=None), []
+    ordered, prompts = values.ravel()[order], order // values.shape[1]
+    for some in np.array_split(counts, 10):  # for memory's sake
+        seen = some[:, prompts].cumsum(axis=1)
+        middle = [(seen <= place).sum(axis=1) for place in ((values.size - 1) // 2, values.size // 2)]
+        medians.append(ordered[middle].mean(axis=0))
+    return np.concatenate(medians)
+
+
+def win_rate_on_other_half(rates, seed):
+    """Win rate of the best of K models, picked on one half of the prompts, on the other: a mean over random halves.
+
+    On the prompts that it was picked on, the best of many looks better than it is. `rates` are `[P, K]`.
+
+    >>> win_rate_on_other_half(np.array([[1.0, 0.0], [1.0, 0.5], [1.0, 0.0]]), seed=0)
+    1.0
+    """
+    half = np.tile(np.arange(len(rates)) < len(rates) // 2, (NUM_HALVES, 1))
+    half = np.random.default_rng(seed).permuted(half, axis=1)
+    on_other_half = ~half @ rates / (len(rates) - len(rates) // 2)
+    return float(on_other_half[np.arange(NUM_HALVES), (half @ rates).argmax(axis=1)].mean())
 
 
 def summarise(scores, groups, seed):
@@ -150,485 +193,252 @@ def summarise(scores, groups, seed):
         seed: of the bootstrap.
 
     Returns:
-        Dicts with `reward`, `group`, `model`, `median`, `mean` and `num_prompts`, and dicts with `reward`, `group`, `model`,
-        `opponent`, `win_rate`, `win_rate_low`, `win_rate_high` and `tie_rate`. Groups are `ALL` and, if there are several,
-        each.
+        Dicts with `reward`, `group`, `model`, `num_prompts`, `mean`, `median` and `median_less_base`, and dicts with
+        `reward`, `group`, `model`, `opponent`, `win_rate` and `tie_rate`. Medians, their differences and win rates
+        have intervals, from `..._low` to `..._high`. Groups are `ALL` and, if there are several, each.
 
     >>> base, tuned = np.array([[20.0], [21.0], [22.0]]), np.array([[21.0], [23.0], [22.0]])
     >>> results, duels = summarise({"pick": {"base": base, "tuned": tuned}}, [None] * 3, seed=0)
-    >>> find(results, model="tuned")["median"]
-    22.0
-    >>> print("{:.3f} {:.3f}".format(*(find(duels, model="tuned")[key] for key in ("win_rate", "tie_rate"))))
-    0.833 0.333
+    >>> results[1]["model"], results[1]["median"], results[1]["median_less_base"]
+    ('tuned', 22.0, 1.0)
+    >>> print("{model} {win_rate:.3f} {tie_rate:.3f}".format(**duels[1]))
+    tuned 0.833 0.333
     """
+
+    def with_interval(name, value, ends):
+        return {name: float(value), f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
+
     chosen = {ALL: np.ones(len(groups), dtype=bool)}
-    for group in dict.fromkeys(group for group in groups if group is not None):
-        chosen[group] = np.array([other == group for other in groups])
+    names = [group for group in dict.fromkeys(groups) if group not in (None, ALL)]
+    if len(names) > 1:  # a single group is all
+        chosen |= {name: np.array([group == name for group in groups]) for name in names}
     results, duels = [], []
-    for reward, of_model in scores.items():
-        for group, prompts in chosen.items():
-            if len(chosen) == 2 and group != ALL:
-                continue  # a single group is all
-            key = {"reward": reward, "group": group}
-            for model, values in of_model.items():
-                values = values[prompts]
-                numbers = {"median": float(np.median(values)), "mean": float(np.mean(values))}
-                results.append({**key, "model": model, **numbers, "num_prompts": len(values)})
-                for opponent, others in of_model.items():
-                    if opponent != model:
-                        won = wins(values, others[prompts])
-                        low, high = bootstrap_interval(won, seed)
-                        duel = {"win_rate": float(won.mean()), "win_rate_low": low, "win_rate_high": high}
-                        ties = float((values == others[prompts]).mean())
-                        duels.append({**key, "model": model, "opponent": opponent, **duel, "tie_rate": ties})
+    for (reward, of_model), (group, prompts) in itertools.product(scores.items(), chosen.items()):
+        key, models = {"reward": reward, "group": group}, list(of_model)
+        values = np.stack([of_model[model][prompts] for model in models])  # [M, P, images]
+        counts = resample_prompts(values.shape[1], seed)
+        medians, resampled = np.median(values, axis=(1, 2)), [resampled_medians(each, counts) for each in values]
+        for i, model in enumerate(models):
+            row = {**key, "model": model, "num_prompts": values.shape[1], "mean": float(values[i].mean())}
+            row |= with_interval("median", medians[i], np.quantile(resampled[i], ENDS))
+            ends = np.quantile(resampled[i] - resampled[0], ENDS)
+            results.append(row | with_interval("median_less_base", medians[i] - medians[0], ends))
+        first, second = np.nonzero(~np.eye(len(models), dtype=bool))  # every ordered pair, [D]
+        rates = wins(values[first], values[second]).mean(axis=2).T  # [P, D]
+        ties = (values[first] == values[second]).mean(axis=(1, 2))
+        for i, j, rate, ends, tie in zip(first, second, rates.mean(axis=0), win_intervals(rates, counts).T, ties):
+            duel = {**key, "model": models[i], "opponent": models[j], "tie_rate": float(tie)}
+            duels.append(duel | with_interval("win_rate", rate, ends))
     return results, duels
 
 
-def find(rows, **values):
-    """The row, of `summarise`, that has these values.
-
-    >>> find([{"model": "base", "mean": 1.0}, {"model": "tuned", "mean": 2.0}], model="tuned")
-    {'model': 'tuned', 'mean': 2.0}
-    """
-    (row,) = [row for row in rows if values.items() <= row.items()]
-    return row
+# ---- Prompts --------------------------------------------------------------------------------------------------------
 
 
-def in_percent(duel):
-    """Win rate and interval of a row of `summarise`, as texts.
-
-    >>> in_percent({"win_rate": 0.695, "win_rate_low": 0.633, "win_rate_high": 0.754})
-    ('69.5%', '63.3% to 75.4%')
-    """
-    return f"{duel['win_rate']:.1%}", f"{duel['win_rate_low']:.1%} to {duel['win_rate_high']:.1%}"
-
-
-def as_markdown(results, duels):
-    """What `summarise` returns as Markdown: a table for each reward and group, and all against all where models are many.
-
-    >>> scores = {"pick": {"base": np.array([[20.0], [21.0]]), "tuned": np.array([[21.0], [23.0]])}}
-    >>> print(as_markdown(*summarise(scores, [None] * 2, seed=0)))
-    **pick**, all prompts (2)
-    <BLANKLINE>
-    | model | median score | mean score | win rate over base | 95 % interval | ties |
-    |---|---|---|---|---|---|
-    | base | 20.500 | 20.500 |  |  |  |
-    | tuned | 22.000 | 22.000 | 100.0% | 100.0% to 100.0% | 0.0% |
-    """
-    lines = []
-    models = list(dict.fromkeys(row["model"] for row in results))
-    base = models[0]
-    for reward, group in dict.fromkeys((row["reward"], row["group"]) for row in results):
-        key = {"reward": reward, "group": group}
-        count = find(results, model=base, **key)["num_prompts"]
-        lines += [f"**{reward}**, {group} prompts ({count})", ""]
-        lines += ["| model | median score | mean score | win rate over base | 95 % interval | ties |"]
-        lines += ["|---|---|---|---|---|---|"]
-        for model in models:
-            row = find(results, model=model, **key)
-            cells = ["", "", ""]
-            if model != base:
-                duel = find(duels, model=model, opponent=base, **key)
-                cells = [*in_percent(duel), f"{duel['tie_rate']:.1%}"]
-            lines.append(f"| {model} | {row['median']:.3f} | {row['mean']:.3f} | {' | '.join(cells)} |")
-        lines.append("")
-        if len(models) > 2 and group == ALL:
-            lines += [f"| {reward}, win rate over | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
-            for model in models:
-                others = [
-                    None if other == model else find(duels, model=model, opponent=other, **key) for other in models
-                ]
-                cells = ["" if duel is None else "{} ({})".format(*in_percent(duel)) for duel in others]
-                lines.append(f"| {model} | {' | '.join(cells)} |")
-            lines.append("")
-    return "\n".join(lines).rstrip()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(description="Medians and win rates, base against tuned.")
-
-    group = parser.add_argument_group("models", "Give --models, --run_dir, or both.")
-    group.add_argument("--pretrained_model_name_or_path", required=True, help="Base model: a Hub name or a folder.")
-    group.add_argument("--revision", help="Revision of the base model on the Hub.")
-    group.add_argument("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
-    group.add_argument(
-        "--models",
-        nargs="+",
-        default=[],
-        help="Tuned models, each PATH or NAME=PATH: a pipeline (folder or Hub name), a UNet folder, a training checkpoint,"
-        " or a LoRA file or folder, the last three on top of the base model.",
-    )
-    group.add_argument(
-        "--run_dir",
-        help="Output folder of a training run: each of its checkpoints is a model, and win rates are plotted.",
-    )
-    group.add_argument("--cache_dir", help="Where downloaded models and data are kept.")
-
-    group = parser.add_argument_group("prompts", "Give one of --prompts_path and --dataset_name.")
-    group.add_argument(
-        "--prompts_path",
-        nargs="+",
-        help="Files of prompts, each a group if there are several: txt with a prompt a line, json with a list of prompts (as"
-        " HPDv2's), or csv, tsv (as Parti-Prompts), json or Parquet with --caption_column.",
-    )
-    group.add_argument(
-        "--dataset_name",
-        help="Data set: a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder.",
-    )
-    group.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
-    group.add_argument("--dataset_split_name", "--split", default="train", help="Split of the data set.")
-    group.add_argument("--caption_column", default="caption", help="Prompt of the images.")
-    group.add_argument(
-        "--group_column", help="What the results are broken down by, for example Category of Parti-Prompts."
-    )
-    group.add_argument("--max_prompts", type=int, help="Use the first so many prompts.")
-
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--num_images_per_prompt", type=int, default=1, help="Images per prompt, each with its own seed."
-    )
-    group.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
-    group.add_argument("--guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
-    group.add_argument("--resolution", type=int, default=512, help="Side of the square images, in pixels.")
-    group.add_argument("--seed", type=int, default=0, help="Seed of the first image; each further one has the next.")
-
-    group = parser.add_argument_group("reward model")
-    group.add_argument(
-        "--reward_model",
-        nargs="+",
-        default=[PICKSCORE],
-        help="CLIP-style models that score, each PATH or NAME=PATH: Hub names or folders.",
-    )
-    group.add_argument("--reward_model_revision", nargs="+", help="Revision of each reward model on the Hub.")
-    group.add_argument(
-        "--reward_processor",
-        nargs="+",
-        help=f"Processor of each reward model. Default: the model's own; for PickScore {PICKSCORE_PROCESSOR}.",
-    )
-    group.add_argument(
-        "--aesthetic_head",
-        help="Weights of LAION's aesthetic predictor (sac+logos+ava1-l14-linearMSE.pth), a reward of its own.",
-    )
-    group.add_argument(
-        "--aesthetic_clip", default=AESTHETIC_CLIP, help="CLIP whose image embeddings --aesthetic_head takes."
-    )
-    group.add_argument(
-        "--image_reward", action="store_true", help=f"Also score with {IMAGE_REWARD}: pip install image-reward."
-    )
-
-    group = parser.add_argument_group("memory and speed")
-    group.add_argument(
-        "--dtype",
-        choices=["float32", "float16", "bfloat16"],
-        help="Precision of the models. Default: float16 on an accelerator, float32 on a CPU.",
-    )
-    group.add_argument("--batch_size", type=int, default=16, help="Images at a time.")
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", required=True, help="Folder for images, scores and tables.")
-
-    args = parser.parse_args(input_args)
-    validate_args(args)
-    return args
-
-
-def named_sources(values, flag, taken, problems):
-    """`{name: path}` of a flag's values, PATH or NAME=PATH; what is wrong with them is added to the problems."""
-    sources = {}
-    for value in values:
-        name, _, path = value.rpartition("=")
-        name = name or Path(path).name.removesuffix(".safetensors")
-        if not re.fullmatch(r"[\w.-]+", name) or name in taken or name in sources:
-            problems.append(
-                f"--{flag} {value}: {name!r} cannot name it, as it is taken or has other characters than letters, digits, '.',"
-                " '_' and '-'. Give NAME=PATH."
-            )
-        sources[name] = path
-    return sources
-
-
-def validate_args(args):
-    """Checks the flags, and fills in what depends on others.
-
-    --models, with the checkpoints of --run_dir, and --reward_model become `{name: path}`; `args.steps` is `{checkpoint: step}`.
-
-    Raises:
-        ValueError: with every problem that the flags alone show, one a line, before anything is loaded.
-    """
-    problems = []
-    for name in ("max_prompts", "num_images_per_prompt", "num_inference_steps", "resolution", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            problems.append(f"--{name} must be positive, got {getattr(args, name)}.")
-    if args.resolution % 8:
-        problems.append(f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}.")
-    if not math.isfinite(args.guidance_scale):
-        problems.append(f"--guidance_scale must be finite, got {args.guidance_scale}.")
-    if args.seed < 0:
-        problems.append(f"--seed must not be negative, got {args.seed}.")
-    if (args.prompts_path is None) == (args.dataset_name is None):
-        problems.append("Give prompts with one of --prompts_path and --dataset_name.")
-    for path in args.prompts_path or []:
-        if not Path(path).is_file():
-            problems.append(f"--prompts_path {path} is not a file.")
-        elif Path(path).suffix not in PROMPT_FILES:
-            problems.append(f"--prompts_path {path} must end in {', '.join(PROMPT_FILES)}.")
-    args.models = named_sources(args.models, "models", ["base"], problems)
-    for model, path in args.models.items():
-        if model_kind(path) is None:
-            problems.append(
-                f"--models {model}={path} is neither a Hub name nor a pipeline, a UNet folder, a training checkpoint or a LoRA"
-                " file."
-            )
-    args.steps = {}
-    if args.run_dir is not None:
-        for folder in Path(args.run_dir).glob("checkpoint-*"):
-            if folder.name.removeprefix("checkpoint-").isdigit() and model_kind(str(folder)) is not None:
-                args.steps[folder.name] = int(folder.name.removeprefix("checkpoint-"))
-        args.steps = dict(sorted(args.steps.items(), key=lambda item: item[1]))
-        if not args.steps:
-            problems.append(f"--run_dir {args.run_dir} has no folders named checkpoint-STEP with a model.")
-        for name in args.steps.keys() & args.models.keys():
-            problems.append(f"--models {name} has the name of a checkpoint of --run_dir: give it another.")
-        args.models.update({name: str(Path(args.run_dir) / name) for name in args.steps})
-    elif not args.models:
-        problems.append("Give tuned models with --models, or the folder of a run with --run_dir.")
-    taken = ["aesthetic"] * (args.aesthetic_head is not None) + ["imagereward"] * args.image_reward
-    args.reward_model = named_sources(args.reward_model, "reward_model", taken, problems)
-    for name in ("reward_model_revision", "reward_processor"):
-        values = getattr(args, name)
-        if values is not None and len(values) != len(args.reward_model):
-            problems.append(
-                f"--{name} has {len(values)} values for {len(args.reward_model)} reward models: give one for each."
-            )
-    if args.aesthetic_head is not None and not Path(args.aesthetic_head).is_file():
-        problems.append(f"--aesthetic_head {args.aesthetic_head} is not a file.")
-    if args.aesthetic_head is None and args.aesthetic_clip != AESTHETIC_CLIP:
-        problems.append("--aesthetic_clip does nothing without --aesthetic_head.")
-    if args.image_reward and importlib.util.find_spec("ImageReward") is None:
-        problems.append("--image_reward needs its package: pip install image-reward.")
-    if problems:
-        raise ValueError("\n".join(problems))
-
-    if args.reward_processor is None:
-        paths = args.reward_model.values()
-        args.reward_processor = [PICKSCORE_PROCESSOR if path == PICKSCORE else path for path in paths]
-    if args.reward_model_revision is None:
-        args.reward_model_revision = [None] * len(args.reward_model)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-# ---------------------------------------------------------------------------------------------------------------------
+class UserError(ValueError):
+    """A mistake of the user's; its text says what was found, what is accepted, and what to do."""
 
 
 @contextmanager
-def loading(flag, value, accepted="a Hub name or a folder"):
-    """Turns a library's complaint about what a flag names into a `ValueError` with the flag and what it accepts."""
+def explain_errors(flag, value, accepted="a Hub name or a folder"):
+    """Turns a library's complaint about what a flag names into a `UserError` with the flag and what it accepts."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--{flag} {value} cannot be loaded: {error}\nAccepted: {accepted}.") from error
+    except Exception as error:  # of a dozen types on damaged files
+        raise UserError(f"--{flag} {value} cannot be loaded: {error}\nAccepted: {accepted}.") from error
 
 
-def load_data(name, config_name, split, cache_dir):
-    """A split as a `datasets.Dataset`, images left encoded.
-
-    Args:
-        name: a Parquet file or glob, a `save_to_disk` folder, a folder of data files, or a Hub name.
-        config_name: configuration of a data set that has several, or None.
-        split: name of the split.
-        cache_dir: folder for downloads and caches, or None.
-
-    Raises:
-        ValueError: there is no such data set, or it has no such split.
-    """
-    folder = Path(name)
-    accepted = "a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder"
-    with loading("dataset_name", f"{name} --dataset_split_name {split}", accepted):
-        if (folder / "dataset_dict.json").is_file():
-            splits = load_from_disk(name)
-            if split not in splits:
-                raise ValueError(f"it has the splits {', '.join(splits)}")
-            data = splits[split]
-        elif (folder / "state.json").is_file():
-            data = load_from_disk(name)
-        elif name.endswith(".parquet"):
-            data = load_dataset("parquet", data_files={split: name}, split=split, cache_dir=cache_dir)
-        else:
-            data = load_dataset(name, config_name, split=split, cache_dir=cache_dir)
-    for column, feature in data.features.items():
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(column, datasets.Image(decode=False))
-    return data
-
-
-def require_columns(columns, flags):
-    """Checks that the data set has each column that a flag names.
-
-    Args:
-        columns: the columns that there are.
-        flags: `{flag: column}`.
-
-    Raises:
-        ValueError: with every missing column, its flag, and the columns that there are.
-    """
-    missing = [f"--{flag} {column}" for flag, column in flags.items() if column not in columns]
-    if missing:
-        raise ValueError(
-            f"The data set has no column for {', '.join(missing)}. It has {', '.join(columns)}: name the right ones."
-        )
+def pick_columns(names, args):
+    """The columns of prompts and, with --group_column, of groups, among those that there are."""
+    other = next((name for name in ("prompt", "Prompt") if name in names), args.caption_column)  # as in Parti-Prompts
+    columns = [args.caption_column if args.caption_column in names else other]
+    columns += [args.group_column] if args.group_column is not None else []
+    for flag, column in zip(("caption_column", "group_column"), columns):
+        if column not in names:
+            raise UserError(f"It has no column for --{flag} {column}, but {', '.join(names)}.")
+    return columns
 
 
 def read_prompts(path, args):
-    """(prompt, group) of a file of --prompts_path; the group is None without a --group_column.
-
-    Raises:
-        ValueError: the file cannot be read, or has no such columns.
-    """
-    path = Path(path)
-    accepted = "txt with a prompt a line, a json list of prompts, or csv, tsv, json or Parquet with --caption_column"
-    with loading("prompts_path", path, accepted):
-        if path.suffix == ".parquet":
-            rows = pq.read_table(path).to_pylist()
-        elif path.suffix in (".csv", ".tsv"):
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    """Yields the prompts in a file of --prompts_path, or tuples of prompt and group."""
+    suffix = Path(path).suffix
+    with explain_errors("prompts_path", path, PROMPTS_ACCEPTED):
+        if suffix == ".parquet":
+            table = pq.read_table(path, columns=pick_columns(pq.read_schema(path).names, args)).to_pandas()
+        elif suffix in (".csv", ".tsv"):
+            separator = "\t" if suffix == ".tsv" else ","
+            table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         else:
-            text = path.read_text(encoding="utf-8")
-            rows = json.loads(text) if path.suffix == ".json" else text.splitlines()
-        if not isinstance(rows, list) or {type(row) for row in rows} not in ({str}, {dict}, set()):
-            raise ValueError("it holds no list of prompts or of rows")
-    if not rows or not isinstance(rows[0], dict):
-        if args.group_column is not None:
-            raise ValueError(f"--group_column {args.group_column} is one of a table: {path} is a list of prompts.")
-        return [(row.strip(), None) for row in rows]
-    # Parti-Prompts writes Prompt
-    columns = {name.lower(): name for name in [*rows[0]][::-1]}
-    caption = next((columns[name] for name in (args.caption_column.lower(), "prompt") if name in columns), None)
-    group = args.group_column and columns.get(args.group_column.lower())
-    named = {"caption_column": (args.caption_column, caption), "group_column": (args.group_column, group)}
-    require_columns(list(rows[0]), {flag: name for flag, (name, found) in named.items() if name and not found})
-    return [(row[caption], group and str(row[group])) for row in rows]
+            text = Path(path).read_text(encoding="utf-8-sig")
+            rows = json.loads(text) if suffix == ".json" else text.splitlines()
+            if not isinstance(rows, list) or {type(row) for row in rows} not in ({str}, {dict}, set()):
+                raise ValueError("it holds no list of prompts or of rows")
+            plain = not rows or isinstance(rows[0], str)
+            table = pd.DataFrame({args.caption_column: rows} if plain else rows)
+        return table[pick_columns(table.columns, args)].astype(object).itertuples(index=False)
+
+
+def read_data_set(args):
+    """Yields tuples of prompt and, with --group_column, group of --dataset_name; no other split or column is read."""
+    name, split = args.dataset_name, args.dataset_split_name
+    with explain_errors("dataset_name", f"{name} --dataset_split_name {split}", DATASET_ACCEPTED):
+        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+            data = load_from_disk(name)
+            if isinstance(data, DatasetDict) and split not in data:
+                raise ValueError(f"it has the splits {', '.join(data)}")
+            data = data[split] if isinstance(data, DatasetDict) else data
+            columns = pick_columns(data.column_names, args)
+        else:
+            source = {"path": name, "name": args.dataset_config_name}
+            if name.endswith(".parquet"):
+                source = {"path": "parquet", "data_files": {split: name}}
+            builder = load_dataset_builder(**source)
+            data = builder.as_streaming_dataset(split)
+            columns = pick_columns(data.column_names or list(next(iter(data))), args)
+            if builder.name == "parquet":  # the others read whole rows
+                data = load_dataset_builder(**source, columns=columns).as_streaming_dataset(split)
+        for row in data.select_columns(columns):
+            yield tuple(row[column] for column in columns)
 
 
 def load_prompts(args):
-    """The different prompts, in the order in which they first occur, and the group of each, or None.
-
-    Raises:
-        ValueError: there is none, or they cannot be read.
-    """
-    found = []
-    if args.prompts_path is None:
-        data = load_data(args.dataset_name, args.dataset_config_name, args.dataset_split_name, args.cache_dir)
-        columns = {"caption_column": args.caption_column}
-        if args.group_column is not None:
-            columns["group_column"] = args.group_column
-        require_columns(data.column_names, columns)
-        rows = data.select_columns([*dict.fromkeys(columns.values())])[:]
-        groups = rows.get(args.group_column, [None] * len(data))
-        found = [
-            (prompt, group if group is None else str(group))
-            for prompt, group in zip(rows[args.caption_column], groups)
-        ]
-    for path in args.prompts_path or []:
-        of_file = read_prompts(path, args)
-        if len(args.prompts_path) > 1 and args.group_column is None:
-            of_file = [(prompt, Path(path).stem) for prompt, _ in of_file]
-        found += of_file
-    group_of = {}
-    for prompt, group in found:
-        if prompt:
-            group_of.setdefault(prompt, group)
+    """The different prompts, in the order of first occurrence, and the group of each, or None; raises `UserError`."""
+    group_of, paths = {}, args.prompts_path or [None]
+    for path in paths:
+        of_file = Path(path).stem if len(paths) > 1 and args.group_column is None else None
+        for prompt, *group in read_prompts(path, args) if path else read_data_set(args):
+            if prompt is None or isinstance(prompt, float) and math.isnan(prompt):
+                continue
+            if not isinstance(prompt, str):
+                raise UserError(f"--caption_column {args.caption_column} holds {repr(prompt)[:80]}, which is no text.")
+            if prompt.strip():
+                group_of.setdefault(prompt.strip(), str(*group) if group else of_file)
+            if len(group_of) == args.max_prompts:
+                return list(group_of), list(group_of.values())
     if not group_of:
-        raise ValueError(f"{args.prompts_path or args.dataset_name} has no prompts.")
-    prompts = list(group_of)[: args.max_prompts]
-    return prompts, [group_of[prompt] for prompt in prompts]
+        raise UserError(f"There are no prompts in {' '.join(args.prompts_path or [args.dataset_name])}: all is empty.")
+    return list(group_of), list(group_of.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Models and images ----------------------------------------------------------------------------------------------
 
 
-def model_kind(path):
-    """What a path of --models holds: "pipeline", "unet" or "lora"; None if it is neither that nor a Hub name."""
-    folder = Path(path)
-    if folder.is_file() and folder.suffix == ".safetensors" or (folder / LORA_FILE).is_file():
-        return "lora"
-    if (folder / "model_index.json").is_file() or (not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path)):
-        return "pipeline"
-    if (folder / "config.json").is_file() or (folder / "unet" / "config.json").is_file():
-        return "unet"
-    return None
+class Source(NamedTuple):
+    """A model as it is now: a local file or folder, or a commit of a Hub repository."""
+
+    path: str
+    commit: str | None  # None where it is local
+    files: list  # their names, relative to the folder
+    identity: str  # the commit, or a hash of the files' names, sizes and times
+
+    @property
+    def kind(self):
+        """One of "pipeline", "unet", "lora", with its subfolder or file; (None, None) if it is none of them."""
+        if LORA_FILE in self.files:
+            return "lora", LORA_FILE
+        if "model_index.json" in self.files:
+            return "pipeline", None
+        if "config.json" in self.files or "unet/config.json" in self.files:
+            return "unet", None if "config.json" in self.files else "unet"
+        weights = [file for file in self.files if re.fullmatch(r"[^/]+\.safetensors", file)]
+        return ("lora", weights[0]) if len(weights) == 1 else (None, None)
 
 
-def load_pipeline(path, device, args):
-    """The pipeline of a tuned model, see --models; the base model's for path None.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
-    options = {"torch_dtype": getattr(torch, args.dtype), "cache_dir": args.cache_dir}
-    kind = path and model_kind(path)
-    if kind == "pipeline":
-        with loading("models", path):
-            pipeline = DiffusionPipeline.from_pretrained(path, safety_checker=None, **options)
-    else:
-        name = args.pretrained_model_name_or_path
-        with loading("pretrained_model_name_or_path", name):
-            pipeline = DiffusionPipeline.from_pretrained(
-                name, revision=args.revision, variant=args.variant, safety_checker=None, **options
-            )
-    with loading("models", path):
-        if kind == "lora":
-            folder, name = (path, LORA_FILE) if Path(path).is_dir() else (Path(path).parent, Path(path).name)
-            pipeline.load_lora_weights(folder, weight_name=name)  # older diffusers do not look for it offline
-        elif kind == "unet":
-            subfolder = None if (Path(path) / "config.json").is_file() else "unet"
-            pipeline.unet = UNet2DConditionModel.from_pretrained(path, subfolder=subfolder, **options)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+def digest(facts):
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def fingerprint(path):
-    """Tells a local model from what it was before: a hash of its files' names, sizes and times. A Hub name is itself."""
-    if path is None or not Path(path).exists():
-        return path
-    files = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.safetensors"))
-    facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return f"{path} {hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+def locate(flag, path, revision=None):
+    """The `Source` that a flag names, of which nothing is downloaded; raises `UserError` if there is none."""
+    local = Path(path)
+    if local.exists():
+        root = local if local.is_dir() else local.parent
+        files = sorted(file for file in root.rglob("*") if file.is_file()) if local.is_dir() else [local]
+        facts = [[file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        # What a run has ended with is known without its checkpoints, which may be deleted.
+        lasting = [fact for fact in facts if not re.match(r"(partial-)?checkpoint-\d+/", fact[0])]
+        return Source(path, None, [name for name, *_ in facts], f"{path} {digest(lasting)}")
+    with explain_errors(flag, path, "a file or folder that exists, or the name of a Hub repository"):
+        try:
+            found = HfApi().model_info(path, revision=revision)
+            commit, names = found.sha, [file.rfilename for file in found.siblings]
+        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception:  # requests and httpx have errors of their own for a missing network: what is cached will do
+            folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
+            commit, names = folder.name, [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
+    return Source(path, commit, names, f"{path}@{commit}")
 
 
-def open_output(prompts, args):
-    """Makes the output folder, or finds that the images in it are of these prompts, settings and models.
-
-    Raises:
-        ValueError: they are of others; it says which.
-    """
-    folder = Path(args.output_dir)
-    names = ["num_images_per_prompt", "num_inference_steps", "guidance_scale", "resolution", "seed", "dtype"]
-    record = {f"--{name}": getattr(args, name) for name in names}
-    record["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
-    record["model base"] = [fingerprint(args.pretrained_model_name_or_path), args.revision, args.variant]
-    record.update({f"model {name}": fingerprint(path) for name, path in args.models.items()})
-    path = folder / EVALUATION_RECORD
-    saved = json.loads(path.read_text()) if path.is_file() else {}
-    changes = [
-        f"{key}: {saved[key]} then, {value} now" for key, value in record.items() if saved.get(key, value) != value
-    ]
-    if changes:
-        listed = "\n".join(changes)
-        raise ValueError(
-            f"--output_dir {folder} holds images of something else:\n{listed}\nGive another folder, or delete this one."
+def locate_models(args):
+    """The `Source` of base and tuned models by name; raises `UserError` if one is not there or of no accepted kind."""
+    base = args.pretrained_model_name_or_path
+    sources = {"base": locate("pretrained_model_name_or_path", base, args.revision)}
+    if sources["base"].kind[0] != "pipeline":
+        raise UserError(
+            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Of a single file,"
+            " make a folder: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), of SDXL with"
+            " StableDiffusionXLPipeline."
         )
+    for name, path in args.models.items():
+        sources[name] = locate("models", path)
+        if sources[name].kind[0] is None:
+            listed = ", ".join(sorted(sources[name].files)[:12]) or "nothing"
+            raise UserError(f"--models {name}={path} holds {listed}.\nAccepted: {MODELS_ACCEPTED}.")
+    return sources
+
+
+def load_pipeline(source, base, device, args):
+    """The pipeline of a model, on top of the base if it is none itself; raises `UserError` if it cannot be loaded."""
+    (kind, part), dtype = source.kind, getattr(torch, args.dtype)
+    whole = source if kind == "pipeline" else base
+    flag, variant = ("pretrained_model_name_or_path", args.variant) if whole is base else ("models", None)
+    with explain_errors(flag, whole.path):
+        pipeline = DiffusionPipeline.from_pretrained(
+            whole.path, revision=whole.commit, variant=variant, safety_checker=None, torch_dtype=dtype
+        )
+    with explain_errors("models", source.path, MODELS_ACCEPTED):
+        try:
+            if kind == "lora":
+                folder = os.path.dirname(source.path) if os.path.isfile(source.path) else source.path
+                pipeline.load_lora_weights(folder or ".", weight_name=part, revision=source.commit)
+            elif kind == "unet":
+                options = {"subfolder": part, "revision": source.commit, "torch_dtype": dtype}
+                pipeline.unet = UNet2DConditionModel.from_pretrained(source.path, **options)
+            pipeline.to(device)  # what had no weights fails here
+        except Exception as error:  # safetensors, PEFT and PyTorch have errors of their own
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_whole(path, save):
+    """Lets `save` fill a file under another name, and renames it: who is killed leaves no half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save(temporary)
+    os.replace(temporary, path)
+
+
+def save_text(path, text):
+    save_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def open_output(prompts, sources, args):
+    """Makes the output folder; raises `UserError` if the images in it are of other prompts, settings or models."""
+    folder = Path(args.output_dir)
+    path = folder / "evaluation_args.json"
+    names = "num_images_per_prompt num_inference_steps guidance_scale resolution seed dtype variant".split()
+    record = {f"--{name}": getattr(args, name) for name in names} | {"prompts": digest(prompts)}
+    record |= {f"model {name}": source.identity for name, source in sources.items()}
     if PartialState().is_main_process:
+        saved = json.loads(path.read_text()) if path.is_file() else {}
+        known = [key for key in record if key in saved]
+        changes = [f"{key}: {saved[key]} then, {record[key]} now" for key in known if saved[key] != record[key]]
+        if changes:
+            changes = [f"--output_dir {folder} holds images of something else:", *changes]
+            raise UserError("\n".join([*changes, "Give another folder, or delete this one."]))
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**saved, **record}, indent=2))
+        save_text(path, json.dumps({**saved, **record}, indent=2))
     PartialState().wait_for_everyone()
 
 
@@ -636,147 +446,34 @@ def image_path(name, prompt, i, args):
     return Path(args.output_dir) / "images" / name / f"{prompt:05d}_{i}.png"
 
 
-def draw_images(name, path, prompts, args):
-    """Draws every prompt with every seed and saves each image, this process's share of those that are not there yet."""
+def image_seed(prompt, i, args):
+    return args.seed + prompt * args.num_images_per_prompt + i
+
+
+def draw_images(name, sources, prompts, args):
+    """Draws every prompt with every seed and saves the images, this process's share, which are not there yet."""
     state = PartialState()
-    jobs = [(prompt, i) for prompt in range(len(prompts)) for i in range(args.num_images_per_prompt)]
-    share = [len(jobs) * part // state.num_processes for part in (state.process_index, state.process_index + 1)]
-    missing = [job for job in jobs[slice(*share)] if not image_path(name, *job, args).exists()]
+    jobs = list(np.ndindex(len(prompts), args.num_images_per_prompt))[state.process_index :: state.num_processes]
+    missing = [job for job in jobs if not image_path(name, *job, args).exists()]
     if not missing:
         return
-    pipeline = load_pipeline(path, state.device, args)
+    pipeline = load_pipeline(sources[name], sources["base"], state.device, args)
+    options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
+    options |= {"height": args.resolution, "width": args.resolution}
     image_path(name, 0, 0, args).parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(missing), desc=f"Images of {name}", unit="image", disable=not state.is_local_main_process)
     for start in range(0, len(missing), args.batch_size):
         batch = missing[start : start + args.batch_size]
-        seeds = [args.seed + prompt * args.num_images_per_prompt + i for prompt, i in batch]
-        images = pipeline(
-            [prompts[prompt] for prompt, _ in batch],
-            height=args.resolution,
-            width=args.resolution,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            # On the CPU, so that an image does not depend on the device or on the batch it is drawn in.
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
+        # On the CPU, so that an image does not depend on the device or on the batch it is drawn in.
+        generators = [torch.Generator().manual_seed(image_seed(*job, args)) for job in batch]
+        images = pipeline([prompts[prompt] for prompt, _ in batch], generator=generators, **options).images
         for job, image in zip(batch, images):
-            target = image_path(name, *job, args)
-            temporary = target.with_name(f".{target.name}.tmp")  # a killed run leaves no half of an image
-            image.save(temporary, "png")
-            os.replace(temporary, target)
+            save_whole(image_path(name, *job, args), lambda temporary: image.save(temporary, "png"))
         bar.update(len(batch))
     bar.close()
 
 
-def side_by_side(base_images, tuned_images, prompts):
-    """One picture: a row a prompt with its text above, each base image left of the tuned one at the same seed.
-
-    `base_images` and `tuned_images` are a list of images for each prompt, all of one size; small ones are enlarged.
-    """
-    width, height = base_images[0][0].size
-    zoom = max(1, 192 // width)
-    width, height = zoom * width, zoom * height
-    columns = 2 * len(base_images[0])
-    texts = [textwrap.fill(f"base | tuned: {prompt}", columns * width // 6) for prompt in prompts]  # 6 pixels a letter
-    text_height = 8 + 15 * max(text.count("\n") + 1 for text in texts)
-    sheet = Image.new("RGB", (columns * width, len(prompts) * (height + text_height)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, text in enumerate(texts):
-        top = row * (height + text_height)
-        draw.multiline_text((4, top + 4), text, fill="black", font_size=10)
-        for i, pair in enumerate(zip(base_images[row], tuned_images[row])):
-            for j, image in enumerate(pair):
-                sheet.paste(
-                    image.resize((width, height), Image.Resampling.NEAREST), ((2 * i + j) * width, top + text_height)
-                )
-    return sheet
-
-
-def compare(name, gaps, prompts, args):
-    """`side_by_side` of at most `NUM_COMPARED_PROMPTS` prompts, evenly spaced from the largest gain to the largest loss.
-
-    `gaps` is a model's score less the base's, averaged over images, `[prompts]`.
-    """
-    order = np.argsort(-gaps, kind="stable")
-    chosen = order[np.linspace(0, len(order) - 1, min(NUM_COMPARED_PROMPTS, len(order))).round().astype(int)]
-    images = [
-        [
-            [Image.open(image_path(model, prompt, i, args)) for i in range(args.num_images_per_prompt)]
-            for prompt in chosen
-        ]
-        for model in ("base", name)
-    ]
-    return side_by_side(*images, [f"{prompts[prompt]} ({gaps[prompt]:+.2f})" for prompt in chosen])
-
-
-def draw_gaps(scores):
-    """Histograms of score less the base's, a panel a reward, a line a model."""
-    figure = Figure(figsize=(6 * len(scores), 4), layout="constrained")
-    for axes, (reward, of_model) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items()):
-        base, *others = of_model
-        gaps = {model: (of_model[model] - of_model[base]).ravel() for model in others}
-        ends = np.quantile(np.concatenate(list(gaps.values())), [0.001, 0.999])
-        bins = np.linspace(min(ends[0], -1e-6), max(ends[1], 1e-6), 61)
-        for model, values in gaps.items():
-            axes.hist(np.clip(values, bins[0], bins[-1]), bins=bins, histtype="step", label=model)
-        axes.axvline(0, color="black", linewidth=0.5)
-        axes.set(title=reward, xlabel="score less the base's", ylabel="images")
-        axes.legend()
-    return figure
-
-
-def draw_checkpoints(duels, steps):
-    """Win rate over the base by training step, with its interval, a line a reward."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for reward in dict.fromkeys(duel["reward"] for duel in duels):
-        rows = [find(duels, reward=reward, group=ALL, model=model, opponent="base") for model in steps]
-        axes.plot(steps.values(), [row["win_rate"] for row in rows], marker="o", label=reward)
-        low, high = ([row[f"win_rate_{end}"] for row in rows] for end in ("low", "high"))
-        axes.fill_between(steps.values(), low, high, alpha=0.2)
-    axes.axhline(0.5, color="black", linewidth=0.5)
-    axes.set(xlabel="training step", ylabel="win rate over base, 95 % interval", ylim=(0, 1))
-    axes.legend()
-    return figure
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Reward(NamedTuple):
-    """A reward model, frozen and on its device, with its processor; `pixels` says which of the distinct image processors
-    prepares its images."""
-
-    name: str
-    model: torch.nn.Module
-    processor: transformers.ProcessorMixin
-    pixels: int
-
-
-def load_rewards(device, dtype, args):
-    """The reward models, and their distinct image processors.
-
-    Raises:
-        ValueError: a part cannot be loaded, or a model does not embed images and texts into one space.
-    """
-    rewards, image_processors = [], []
-    sources = zip(args.reward_model.items(), args.reward_model_revision, args.reward_processor)
-    for (name, path), revision, processor_path in sources:
-        with loading("reward_model", path):
-            model = AutoModel.from_pretrained(path, revision=revision, cache_dir=args.cache_dir)
-        if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-            raise ValueError(f"--reward_model {path} is a {type(model).__name__}, not a CLIP-style model.")
-        with loading("reward_processor", processor_path):
-            processor = AutoProcessor.from_pretrained(processor_path, cache_dir=args.cache_dir)
-        settings = [image_processor.to_dict() for image_processor in image_processors]
-        if processor.image_processor.to_dict() not in settings:
-            image_processors.append(processor.image_processor)
-            settings.append(processor.image_processor.to_dict())
-        pixels = settings.index(processor.image_processor.to_dict())
-        rewards.append(Reward(name, model.requires_grad_(False).eval().to(device, dtype), processor, pixels))
-    return rewards, image_processors
+# ---- Rewards --------------------------------------------------------------------------------------------------------
 
 
 def unit_features(features):
@@ -802,134 +499,459 @@ def embed_texts(model, processor, texts):
     return unit_features(model.get_text_features(**tokens.to(model.device)))
 
 
+class Scorer(NamedTuple):
+    """A CLIP-style model, frozen and on its device, and LAION's head where that makes the score."""
+
+    model: torch.nn.Module
+    processor: Any
+    head: torch.nn.Module | None
+    record: dict  # what tells its scores from another's
+
+    @torch.no_grad()
+    def score(self, images, texts, pool):
+        """Scores of N images: 100 times the cosines with their texts, or what the head says. Float64 `[N]`."""
+        prepared = pool.map(lambda image: self.processor.image_processor(image, return_tensors="pt"), images)
+        embeddings = embed_images(self.model, torch.cat([inputs["pixel_values"] for inputs in prepared]))
+        if self.head is not None:
+            return self.head(embeddings)[:, 0].double().cpu().numpy()
+        return 100 * (embeddings * embed_texts(self.model, self.processor, texts)).sum(-1).double().cpu().numpy()
+
+
 def load_aesthetic_head(path):
-    """LAION's aesthetic predictor: linear layers one after the other, from an image embedding to a number.
+    """LAION's linear layers from an image embedding to a number; raises `UserError` if the file holds no such layers.
 
     https://github.com/christophschuhmann/improved-aesthetic-predictor. The dropout between them does nothing here.
-
-    Raises:
-        ValueError: the file holds no such layers.
     """
     numbers = ", ".join(map(str, AESTHETIC_LAYERS))
-    with loading("aesthetic_head", path, f"weights and biases of layers.N, N of {numbers}: the linearMSE predictors"):
+    accepted = f"weights and biases of layers.N, N of {numbers}: the linearMSE predictors"
+    with explain_errors("aesthetic_head", path, accepted):
         try:
             weights = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
         except Exception as error:  # safetensors and pickle have errors of their own
             raise ValueError(f"it is no file of tensors ({type(error).__name__})") from error
-        names = {f"layers.{number}.{part}" for number in AESTHETIC_LAYERS for part in ("weight", "bias")}
-        if set(weights) != names:
+        if set(weights) != {f"layers.{number}.{part}" for number in AESTHETIC_LAYERS for part in ("weight", "bias")}:
             raise ValueError(f"it holds {', '.join(list(weights)[:12])}")
-        layers = []
-        for number in AESTHETIC_LAYERS:
-            weight, bias = (weights[f"layers.{number}.{part}"] for part in ("weight", "bias"))
-            layer = torch.nn.Linear(*reversed(weight.shape))
-            layer.load_state_dict({"weight": weight, "bias": bias})
-            layers.append(layer)
+    layers = []
+    for number in AESTHETIC_LAYERS:
+        layers.append(torch.nn.Linear(*reversed(weights[f"layers.{number}.weight"].shape)))
+        layers[-1].load_state_dict({part: weights[f"layers.{number}.{part}"] for part in ("weight", "bias")})
     return torch.nn.Sequential(*layers).requires_grad_(False)
 
 
+def load_scorer(flag, path, revision, processor_path, device, args, head=None):
+    """The `Scorer` of what a flag names; raises `UserError` if it does not embed images and texts into one space."""
+    source = locate(flag, path, revision)
+    own = processor_path == path
+    of_processor = source if own else locate("reward_processor", processor_path)
+    with explain_errors(flag, path):
+        try:
+            model = AutoModel.from_pretrained(path, revision=source.commit)
+        except Exception as error:  # safetensors and PyTorch have errors of their own
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+        raise UserError(f"--{flag} {path} is a {type(model).__name__}, not a CLIP-style model.")
+    with explain_errors(flag if own else "reward_processor", processor_path):
+        processor = AutoProcessor.from_pretrained(processor_path, revision=of_processor.commit)
+        pixels = AutoImageProcessor.from_pretrained(processor_path, revision=of_processor.commit, **PIL_BACKEND)
+    processor.image_processor = pixels
+    record = {"model": source.identity, "processor": of_processor.identity, "dtype": args.dtype}
+    record["image_processor"] = {"class": type(pixels).__name__, **pixels.to_dict()}
+    model = model.requires_grad_(False).eval().to(device, getattr(torch, args.dtype))
+    return Scorer(model, processor, head, record)
+
+
 def load_scorers(device, args):
-    """What scores: `{reward: function of N images and N prompts, to N numbers}`.
-
-    CLIP-style rewards are 100 times the cosine; the others are what their models say.
-
-    Raises:
-        ValueError: a model cannot be loaded.
-    """
-    dtype = getattr(torch, args.dtype)
-
-    def cosines(reward, images, texts):
-        pixels = reward.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        products = embed_images(reward.model, pixels) * embed_texts(reward.model, reward.processor, texts)
-        return 100 * products.sum(-1).cpu()
-
-    scorers = {reward.name: functools.partial(cosines, reward) for reward in load_rewards(device, dtype, args)[0]}
+    """What scores, `{reward: Scorer}`."""
+    sources = zip(args.reward_model.items(), args.reward_model_revision, args.reward_processor)
+    scorers = {name: load_scorer("reward_model", path, *rest, device, args) for (name, path), *rest in sources}
     if args.aesthetic_head is not None:
-        head = load_aesthetic_head(args.aesthetic_head).to(device)
-        with loading("aesthetic_clip", args.aesthetic_clip):
-            clip = AutoModel.from_pretrained(args.aesthetic_clip, cache_dir=args.cache_dir).eval().to(device, dtype)
-            processor = AutoProcessor.from_pretrained(args.aesthetic_clip, cache_dir=args.cache_dir).image_processor
-
-        def aesthetic(images, texts):
-            return head(embed_images(clip, processor(images=images, return_tensors="pt")["pixel_values"]))[:, 0].cpu()
-
-        scorers["aesthetic"] = aesthetic
-    if args.image_reward:
-        import ImageReward
-
-        model = ImageReward.load(IMAGE_REWARD, device=str(device), download_root=args.cache_dir)
-        scorers["imagereward"] = lambda images, texts: [model.score(text, image) for text, image in zip(texts, images)]
+        head, clip = load_aesthetic_head(args.aesthetic_head).to(device), args.aesthetic_clip
+        scorers["aesthetic"] = load_scorer("aesthetic_clip", clip, None, clip, device, args, head)
+        scorers["aesthetic"].record["head"] = locate("aesthetic_head", args.aesthetic_head).identity
     return scorers
 
 
-def score_files(paths, prompts, scorers, batch_size):
-    """Rewards of N image files for their prompts: `{reward: float64 array [N]}`."""
-    scores = {name: [] for name in scorers}
-    for start in tqdm(range(0, len(paths), batch_size), desc="Scores", unit="batch"):
-        images = [Image.open(path).convert("RGB") for path in paths[start : start + batch_size]]
-        for name, scorer in scorers.items():
-            scores[name].append(np.asarray(scorer(images, prompts[start : start + batch_size]), dtype=np.float64))
-    return {name: np.concatenate(values) for name, values in scores.items()}
+def score_files(paths, texts, scorers, batch_size):
+    """Rewards of N image files for their texts, `{reward: float64 array [N]}`."""
+    scores = {name: np.empty(len(paths)) for name in scorers}
+    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without holding up the others
+        for start in range(0, len(paths), batch_size):
+            batch = slice(start, start + batch_size)
+            images = list(pool.map(lambda path: Image.open(path).convert("RGB"), paths[batch]))
+            for name, scorer in scorers.items():
+                scores[name][batch] = scorer.score(images, texts[batch], pool)
+    return scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------------
+def score_models(models, prompts, scorers, args):
+    """Rewards `{reward: {model: float array [prompts, images]}}`, in the main process; every process scores a share.
+
+    What was scored before of the same images, prompts and reward is read from scores/NAME.json. Raises `UserError` if
+    a score is not finite.
+    """
+    state, scores = PartialState(), {reward: {} for reward in scorers}
+    jobs = list(np.ndindex(len(prompts), args.num_images_per_prompt))
+    texts, share = [prompts[prompt] for prompt, _ in jobs], slice(state.process_index, None, state.num_processes)
+    for name in tqdm(models, desc="Scores", unit="model", disable=not state.is_main_process):
+        paths = [image_path(name, *job, args) for job in jobs]
+        facts = [texts, [[path.stat().st_size, path.stat().st_mtime_ns] for path in paths]]
+        keys = {reward: digest([scorer.record, facts]) for reward, scorer in scorers.items()}
+        kept_path = Path(args.output_dir) / "scores" / f"{name}.json"
+        kept = json.loads(kept_path.read_text()) if kept_path.is_file() else {}
+        missing = [reward for reward in keys if kept.get(reward, {}).get("key") != keys[reward]]
+        (missing,) = broadcast_object_list([missing])  # the main process's, as all have to do the same
+        if missing:
+            some = {reward: scorers[reward] for reward in missing}
+            of_process = gather_object([score_files(paths[share], texts[share], some, args.batch_size)])
+        if not state.is_main_process:
+            continue
+        for reward in missing:
+            values = np.empty(len(jobs))
+            for i, found in enumerate(of_process):
+                values[i :: state.num_processes] = found[reward]
+            for i in np.flatnonzero(~np.isfinite(values)):
+                raise UserError(
+                    f"{reward} gives {values[i]} to {paths[i]} ({texts[i]!r}), which ranks nothing. Either the reward"
+                    " model is damaged, or it overflows in float16: give --dtype float32 and another --output_dir."
+                )
+            kept[reward] = {"key": keys[reward], "scores": values.tolist()}
+        if missing:
+            kept_path.parent.mkdir(exist_ok=True)
+            save_text(kept_path, json.dumps(kept))
+        for reward in scorers:
+            scores[reward][name] = np.reshape(kept[reward]["scores"], (len(prompts), -1))
+    return scores
+
+
+# ---- Pictures and tables --------------------------------------------------------------------------------------------
+
+
+def side_by_side(base_images, tuned_images, prompts):
+    """One picture: a row a prompt with its text above, each base image left of the tuned one at the same seed.
+
+    `base_images` and `tuned_images` are a list of images for each prompt, all of one size; they are shown
+    `THUMBNAIL` pixels wide.
+    """
+    width = THUMBNAIL
+    height = width * base_images[0][0].height // base_images[0][0].width
+    columns = 2 * len(base_images[0])
+    texts = [textwrap.fill(f"base | tuned: {prompt}", columns * width // 6) for prompt in prompts]  # 6 pixels a letter
+    text_height = 8 + 15 * max(text.count("\n") + 1 for text in texts)
+    sheet = Image.new("RGB", (columns * width, len(prompts) * (height + text_height)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (text, *images) in enumerate(zip(texts, base_images, tuned_images)):
+        top = row * (height + text_height)
+        draw.multiline_text((4, top + 4), text, fill="black", font_size=10)
+        for column, image in enumerate(image for pair in zip(*images) for image in pair):
+            sheet.paste(image.resize((width, height)), (column * width, top + text_height))
+    return sheet
+
+
+def compare(name, gaps, prompts, args):
+    """`side_by_side` of prompts evenly spaced from the largest to the smallest of their mean `gaps` `[prompts]`."""
+    order = np.argsort(-gaps, kind="stable")
+    chosen = order[np.linspace(0, len(order) - 1, min(NUM_COMPARED_PROMPTS, len(order))).round().astype(int)]
+    images = [
+        [[Image.open(image_path(model, p, i, args)) for i in range(args.num_images_per_prompt)] for p in chosen]
+        for model in ("base", name)
+    ]
+    return side_by_side(*images, [f"{prompts[prompt]} ({gaps[prompt]:+.2f})" for prompt in chosen])
+
+
+def draw_gaps(scores):
+    """Histograms of score less the base's, a panel a reward, a line a model."""
+    figure = Figure(figsize=(6 * len(scores), 4), layout="constrained")
+    for axes, (reward, of_model) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items()):
+        gaps = {model: (values - of_model["base"]).ravel() for model, values in of_model.items() if model != "base"}
+        axes.hist(list(gaps.values()), bins=60, histtype="step", label=list(gaps))
+        axes.axvline(0, color="black", linewidth=0.5)
+        axes.set(title=reward, xlabel="score less the base's", ylabel="images")
+        axes.legend()
+    return figure
+
+
+def draw_checkpoints(duels, steps):
+    """Win rate over the base by training step, with its interval, a line a reward."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    frame = pd.DataFrame(duels).query("group == @ALL and opponent == 'base' and model in @steps")
+    for reward, rows in frame.groupby("reward", sort=False):
+        of_checkpoint = rows["model"].map(steps)
+        axes.plot(of_checkpoint, rows["win_rate"], marker="o", label=reward)
+        axes.fill_between(of_checkpoint, rows["win_rate_low"], rows["win_rate_high"], alpha=0.2)
+    axes.axhline(0.5, color="black", linewidth=0.5)
+    axes.set(xlabel="training step", ylabel="win rate over base, 95 % interval", ylim=(0, 1))
+    axes.legend()
+    return figure
+
+
+def escape_markdown(text):
+    r"""A text so that Markdown, and the HTML in it, shows it as it is, `a|b <i>` as `a\|b &lt;i&gt;`."""
+    return re.sub(r"([\\`*_\[\]|#!~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def with_ends(row, name, form):
+    """A number of `summarise` and its interval as a text."""
+    return f"{row[name]:{form}} ({row[f'{name}_low']:{form}} to {row[f'{name}_high']:{form}})"
+
+
+def as_markdown(results, duels):
+    """What `summarise` returns as Markdown: a table for each reward and group, and all against all of many models."""
+    lines, models = [], list(dict.fromkeys(row["model"] for row in results))
+    duel_of = {(row["reward"], row["group"], row["model"], row["opponent"]): row for row in duels}
+    for reward, group in dict.fromkeys((row["reward"], row["group"]) for row in results):
+        rows = [row for row in results if (row["reward"], row["group"]) == (reward, group)]
+        few = ", too few prompts for an interval to mean much" * (rows[0]["num_prompts"] < FEW_PROMPTS)
+        lines += [
+            f"**{reward}**, {escape_markdown(group)} prompts ({rows[0]['num_prompts']}{few}), 95 % intervals",
+            "",
+        ]
+        lines += ["| model | median score | less the base's | mean score | win rate over base | ties |"]
+        lines += ["|---" * 6 + "|"]
+        for row in rows:
+            cells = [row["model"], with_ends(row, "median", ".3f"), "", f"{row['mean']:.3f}", "", ""]
+            if row["model"] != models[0]:
+                duel = duel_of[reward, group, row["model"], models[0]]
+                cells[2] = with_ends(row, "median_less_base", "+.3f")
+                cells[4:] = [with_ends(duel, "win_rate", ".1%"), f"{duel['tie_rate']:.1%}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+        if len(models) > 2 and group == ALL:
+            lines += [f"| {reward}, win rate over | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+            for model in models:
+                found = [duel_of.get((reward, group, model, opponent)) for opponent in models]
+                cells = [with_ends(duel, "win_rate", ".1%") if duel else "" for duel in found]
+                lines.append(f"| {model} | {' | '.join(cells)} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def name_best(scores, duels, args):
+    """The checkpoint that wins most often over the base under the first reward: its row, and a sentence on it."""
+    (reward, of_model), steps = next(iter(scores.items())), args.steps
+    key = {"reward": reward, "group": ALL, "opponent": "base"}.items()
+    rows = [row for row in duels if key <= row.items() and row["model"] in steps]
+    best = max(rows, key=lambda row: row["win_rate"])
+    rates = np.stack([wins(of_model[name], of_model["base"]).mean(axis=1) for name in steps], axis=1)
+    honest = win_rate_on_other_half(rates, args.seed)
+    text = (
+        f"**{best['model']}** is the best of {len(steps)} checkpoints under {reward}: it wins over the base"
+        f" {with_ends(best, 'win_rate', '.1%')}. To pick the best of many and to measure it on the same prompts is"
+        f" optimistic: picked on one half of the prompts, the best wins {honest:.1%} on the other half."
+    )
+    return {**best, "step": steps[best["model"]], "win_rate_on_other_half": honest}, text
 
 
 def write_csv(path, rows):
-    """A table of dicts, with the columns of them all."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    """A table of dicts; a text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    table = pd.DataFrame(rows, dtype=object).map(
+        lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
+    )
+    save_text(path, table.to_csv(index=False))
+
+
+def write_results(scores, prompts, groups, sources, scorers, args):
+    """Writes the tables and pictures, and returns the Markdown."""
+    folder, rows = Path(args.output_dir), []
+    for name, (prompt, i) in itertools.product(sources, np.ndindex(len(prompts), args.num_images_per_prompt)):
+        row = {"model": name, "prompt": prompts[prompt], "group": groups[prompt], "seed": image_seed(prompt, i, args)}
+        row |= {reward: of_model[name][prompt, i] for reward, of_model in scores.items()}
+        rows.append(row | {"image": image_path(name, prompt, i, args).relative_to(folder).as_posix()})
+    write_csv(folder / "scores.csv", rows)
+    results, duels = summarise(scores, groups, args.seed)
+    write_csv(folder / "results.csv", results + duels)
+    record, text = {"results": results, "win_rates": duels}, as_markdown(results, duels)
+    if args.steps:
+        record["best"], sentence = name_best(scores, duels, args)
+        text = f"{sentence}\n\n{text}"
+        draw_checkpoints(duels, args.steps).savefig(folder / "checkpoints.png", dpi=120)
+    record["models"] = {name: source.identity for name, source in sources.items()}
+    record["rewards"] = {reward: scorer.record for reward, scorer in scorers.items()}
+    save_text(folder / "results.json", json.dumps({**record, "args": vars(args)}, indent=2))
+    save_text(folder / "results.md", text)
+    draw_gaps(scores).savefig(folder / "gaps.png", dpi=120)
+    first_reward = next(iter(scores.values()))
+    for name in args.models:
+        gaps = (first_reward[name] - first_reward["base"]).mean(axis=1)
+        compare(name, gaps, prompts, args).save(folder / f"comparison-{name}.png")
+    return text
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+
+def positive_int(text):
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description="Medians and win rates, base against tuned.")
+
+    group = parser.add_argument_group("models", "Give --models, --run_dir, or both.")
+    group.add_argument("--pretrained_model_name_or_path", required=True, help="Base model: a Hub name or a folder.")
+    group.add_argument("--revision", help="Revision of the base model on the Hub.")
+    group.add_argument("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
+    group.add_argument(
+        "--models", nargs="+", default=[], help=f"Tuned models, each PATH or NAME=PATH: {MODELS_ACCEPTED}."
+    )
+    group.add_argument("--run_dir", help="Output folder of a training run: compares its checkpoints, names the best.")
+
+    group = parser.add_argument_group("prompts", "Give one of --prompts_path and --dataset_name.")
+    group.add_argument(
+        "--prompts_path", nargs="+", help=f"Files of prompts, each a group if there are several: {PROMPTS_ACCEPTED}."
+    )
+    group.add_argument("--dataset_name", help=f"Data set: {DATASET_ACCEPTED}.")
+    group.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
+    group.add_argument("--dataset_split_name", "--split", default="train", help="Split of the data set.")
+    group.add_argument("--caption_column", default="caption", help="Prompt of the images.")
+    group.add_argument("--group_column", help="What results are broken down by, such as Category of Parti-Prompts.")
+    group.add_argument("--max_prompts", type=positive_int, help="Use the first so many prompts.")
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--num_images_per_prompt", type=positive_int, default=1, help="Images, each with its own seed.")
+    group.add_argument("--num_inference_steps", type=positive_int, default=50, help="Denoising steps.")
+    group.add_argument("--guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
+    group.add_argument("--resolution", type=positive_int, default=512, help="Side of the square images, in pixels.")
+    group.add_argument("--seed", type=int, default=0, help="Seed of the first image; each further one has the next.")
+
+    group = parser.add_argument_group("reward model")
+    group.add_argument(
+        "--reward_model",
+        nargs="+",
+        default=[PICKSCORE],
+        help="CLIP-style models that score, each PATH or NAME=PATH: Hub names or folders.",
+    )
+    group.add_argument("--reward_model_revision", nargs="+", help="Revision of each reward model on the Hub.")
+    group.add_argument(
+        "--reward_processor",
+        nargs="+",
+        help=f"Processor of each reward model. Default: the model's own; for PickScore {PICKSCORE_PROCESSOR}.",
+    )
+    group.add_argument("--aesthetic_head", help="Weights of LAION's sac+logos+ava1-l14-linearMSE.pth, also a reward.")
+    group.add_argument("--aesthetic_clip", default=AESTHETIC_CLIP, help="CLIP that --aesthetic_head goes on top of.")
+
+    group = parser.add_argument_group("memory and speed")
+    group.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="Precision of the models. Default: float16 on an accelerator, float32 on a CPU.",
+    )
+    group.add_argument("--batch_size", type=positive_int, default=16, help="Images at a time.")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", required=True, help="Folder for images, scores and tables.")
+
+    args = parser.parse_args(input_args)
+    resolve(args)
+    return args
+
+
+def named_sources(values, flag, taken, problems):
+    """`{name: path}` of a flag's values, PATH or NAME=PATH; what is wrong with them is added to the problems."""
+    sources = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or "/" in name:  # a path may have an = of its own
+            name, path = Path(value).name.removesuffix(".safetensors"), value
+        if not re.fullmatch(r"[\w.-]+", name) or name in taken or name in sources:
+            problems.append(
+                f"--{flag} {value}: {name!r} cannot name it, as it is taken or has other characters than letters,"
+                " digits, '.', '_' and '-'. Give NAME=PATH."
+            )
+        sources[name] = path
+    return sources
+
+
+def resolve(args):
+    """Checks what no type does, and fills in what depends on others.
+
+    --models, with the checkpoints of --run_dir, and --reward_model become `{name: path}`; `args.steps` is
+    `{checkpoint: step}`. A `~` becomes the home folder.
+
+    Raises:
+        UserError: with every problem that the flags alone show, one a line, before anything is loaded.
+    """
+    problems = []
+    for flag in "pretrained_model_name_or_path run_dir dataset_name aesthetic_head aesthetic_clip output_dir".split():
+        if getattr(args, flag) is not None:
+            setattr(args, flag, os.path.expanduser(getattr(args, flag)))
+    if not math.isfinite(args.guidance_scale):
+        problems.append(f"--guidance_scale must be finite, got {args.guidance_scale}.")
+    if args.seed < 0:
+        problems.append(f"--seed must not be negative, got {args.seed}.")
+    if args.resolution % 8:
+        problems.append(f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}.")
+    if Path(args.output_dir).is_file():
+        problems.append(f"--output_dir {args.output_dir} is a file: name a folder.")
+    if (args.prompts_path is None) == (args.dataset_name is None):
+        problems.append("Give prompts with one of --prompts_path and --dataset_name.")
+    args.prompts_path = args.prompts_path and [os.path.expanduser(path) for path in args.prompts_path]
+    for path in args.prompts_path or []:
+        if not Path(path).is_file():
+            problems.append(f"--prompts_path {path} is not a file.")
+        elif Path(path).suffix not in PROMPT_FILES:
+            problems.append(f"--prompts_path {path} must end in {', '.join(PROMPT_FILES)}.")
+    if args.dataset_name and Path(args.dataset_name).is_file() and not args.dataset_name.endswith(".parquet"):
+        problems.append(f"--dataset_name {args.dataset_name} is a file: give it to --prompts_path.")
+    args.steps = {}
+    if args.run_dir is not None:
+        names = [path.name for path in Path(args.run_dir).glob("checkpoint-*")]
+        steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
+        args.steps = {f"checkpoint-{step}": step for step in steps}
+        if not steps:
+            problems.append(f"--run_dir {args.run_dir} has no folders named checkpoint-STEP.")
+    args.models = named_sources(args.models, "models", ["base", *args.steps], problems)
+    args.models.update({name: f"{args.run_dir}/{name}" for name in args.steps})
+    if args.run_dir is None and not args.models:
+        problems.append("Give tuned models with --models, or the folder of a run with --run_dir.")
+    taken = ["aesthetic"] if args.aesthetic_head is not None else []
+    args.reward_model = named_sources(args.reward_model, "reward_model", taken, problems)
+    for flag in ("reward_model_revision", "reward_processor"):
+        count = len(getattr(args, flag) or args.reward_model)
+        if count != len(args.reward_model):
+            problems.append(
+                f"--{flag} has {count} values for {len(args.reward_model)} reward models: give one for each."
+            )
+    if args.aesthetic_head is not None and not Path(args.aesthetic_head).is_file():
+        problems.append(f"--aesthetic_head {args.aesthetic_head} is not a file.")
+    if args.aesthetic_head is None and args.aesthetic_clip != AESTHETIC_CLIP:
+        problems.append("--aesthetic_clip does nothing without --aesthetic_head.")
+    if problems:
+        raise UserError("\n".join(problems))
+
+    args.models = {name: os.path.expanduser(path) for name, path in args.models.items()}
+    args.reward_model = {name: os.path.expanduser(path) for name, path in args.reward_model.items()}
+    own = [PICKSCORE_PROCESSOR if path == PICKSCORE else path for path in args.reward_model.values()]
+    args.reward_processor = [os.path.expanduser(path) for path in args.reward_processor or own]
+    args.reward_model_revision = args.reward_model_revision or [None] * len(own)
+
+
+# ---- The run --------------------------------------------------------------------------------------------------------
 
 
 def main(args):
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=MERGE_TIMEOUT)
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     args.dtype = args.dtype or ("float32" if state.device.type == "cpu" else "float16")
     prompts, groups = load_prompts(args)
-    models = {"base": None, **args.models}
-    open_output(prompts, args)
-    scorers = load_scorers(state.device, args) if state.is_main_process else None  # first: they may not be there
-    for name, path in models.items():
-        draw_images(name, path, prompts, args)
+    sources = locate_models(args)
+    open_output(prompts, sources, args)
+    scorers = load_scorers(state.device, args)  # before anything is drawn: they may not be there
+    for name in sources:
+        draw_images(name, sources, prompts, args)
     state.wait_for_everyone()
-    if not state.is_main_process:
-        return
-
-    shape = (len(prompts), args.num_images_per_prompt)
-    jobs = [(name, prompt, i) for name in models for prompt, i in np.ndindex(*shape)]
-    paths = [image_path(*job, args) for job in jobs]
-    flat = score_files(paths, [prompts[prompt] for _, prompt, _ in jobs], scorers, args.batch_size)
-    scores = {reward: dict(zip(models, values.reshape(len(models), *shape))) for reward, values in flat.items()}
-
-    output_dir = Path(args.output_dir)
-    seeds = [args.seed + prompt * args.num_images_per_prompt + i for _, prompt, i in jobs]
-    rows = [
-        {"model": name, "prompt": prompts[prompt], "group": groups[prompt], "seed": seed}
-        | {reward: values[row] for reward, values in flat.items()}
-        | {"image": path.relative_to(output_dir)}
-        for row, ((name, prompt, _), seed, path) in enumerate(zip(jobs, seeds, paths))
-    ]
-    write_csv(output_dir / "scores.csv", rows)
-    results, duels = summarise(scores, groups, args.seed)
-    write_csv(output_dir / "results.csv", results + duels)
-    record = {"results": results, "win_rates": duels, "args": vars(args)}
-    (output_dir / "results.json").write_text(json.dumps(record, indent=2))
-    (output_dir / "results.md").write_text(as_markdown(results, duels) + "\n")
-    first_reward = next(iter(scores.values()))
-    for name in args.models:
-        gaps = (first_reward[name] - first_reward["base"]).mean(axis=1)
-        compare(name, gaps, prompts, args).save(output_dir / f"comparison-{name}.png")
-    draw_gaps(scores).savefig(output_dir / "gaps.png", dpi=120)
-    if args.steps:
-        draw_checkpoints(duels, args.steps).savefig(output_dir / "checkpoints.png", dpi=120)
-    print(as_markdown(results, duels))
-    print(f"\nImages, scores and pictures are in {output_dir}.")
+    scores = score_models(sources, prompts, scorers, args)
+    if state.is_main_process:
+        print(write_results(scores, prompts, groups, sources, scorers, args))
+        print(f"\nImages, scores and pictures are in {args.output_dir}.")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except UserError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)  # alone, without a traceback
+        sys.exit(2)

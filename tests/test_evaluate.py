@@ -1,9 +1,16 @@
-"""evaluate_smpo.py on the tiny models: a model against itself, against a damaged one, and every way to name a model."""
+"""evaluate_smpo.py on the tiny models: what it draws, scores and says, what it keeps, and whom it refuses."""
 
 import csv
+import itertools
 import json
+import math
 import shutil
+import subprocess
+import sys
+import time
 
+import hub_server
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,12 +19,13 @@ import torch
 from conftest import ROOT, TINY, command_line, run_script, train
 from fork_server import ForkServer, wait_for
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_standalone import LAUNCH
 from transformers import CLIPModel, CLIPProcessor
 
 import evaluate_smpo
 from diffusers import UNet2DConditionModel
-from evaluate_smpo import as_markdown, bootstrap_interval, load_prompts, parse_args, summarise, wins
+from evaluate_smpo import UserError, load_prompts, parse_args, resample_prompts, summarise, win_intervals, wins
 
 
 def evaluation_flags(output_dir, **flags):
@@ -45,6 +53,20 @@ def read_results(output_dir, reward="pickscore", group="all"):
     return models
 
 
+def read_table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """A training run with three checkpoints."""
+    folder = tmp_path_factory.mktemp("lora")
+    flags = {"learning_rate": 1e-2, "max_train_steps": 12, "checkpointing_steps": 4}
+    train(folder, noising="forward", label_column="label_0", rank=2, **flags)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
     """The tiny UNet with noise on its last layer, so that it draws worse."""
@@ -64,49 +86,41 @@ def test_itself_and_a_damaged_model(damaged, tmp_path):
     assert (same["win_rate"], same["win_rate_low"], same["win_rate_high"], same["tie_rate"]) == (0.5, 0.5, 0.5, 1)
     assert worse["win_rate_high"] < 0.5 and worse["median"] < results["base"]["median"]
 
-    with open(tmp_path / "scores.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(tmp_path / "scores.csv")
     assert len(rows) == 3 * 24
-    assert np.median([float(row["pickscore"]) for row in rows if row["model"] == "damaged"]) == pytest.approx(
-        worse["median"]
-    )
+    scores = [float(row["pickscore"]) for row in rows if row["model"] == "damaged"]
+    assert worse["median"] == pytest.approx(np.median(scores))
     assert all((tmp_path / row["image"]).is_file() for row in rows)
     assert [row["seed"] for row in rows if row["model"] == "base"] == [str(i) for i in range(24)]
     text = (tmp_path / "results.md").read_text()
-    assert (
-        f"| damaged | {worse['median']:.3f} |" in text
-        and "| pickscore, win rate over | base | same | damaged |" in text
-    )
-    assert Image.open(tmp_path / "comparison-damaged.png").width == 2 * 192
+    assert f"| damaged | {worse['median']:.3f} (" in text
+    assert "| pickscore, win rate over | base | same | damaged |" in text
+    assert worse["median_less_base_high"] < 0 and results["same"]["median_less_base_low"] == 0
+    assert Image.open(tmp_path / "comparison-damaged.png").width == 2 * evaluate_smpo.THUMBNAIL
     assert Image.open(tmp_path / "gaps.png").size == (720, 480)
-    with open(tmp_path / "results.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["opponent"]]
+    processor = json.loads((tmp_path / "results.json").read_text())["rewards"]["pickscore"]["image_processor"]
+    assert processor["class"] in ("CLIPImageProcessorPil", "CLIPImageProcessor") and processor["resample"] == 3
+    rows = [row for row in read_table(tmp_path / "results.csv") if row["opponent"]]
     win_rate = {(row["model"], row["opponent"]): float(row["win_rate"]) for row in rows}
     assert len(win_rate) == 6
     assert all(win_rate[pair] + win_rate[pair[::-1]] == pytest.approx(1) for pair in win_rate)
 
 
-def test_every_way_to_name_a_model(damaged, tmp_path):
+def test_every_way_to_name_a_model(damaged, lora_run, tmp_path):
     """A UNet folder, a folder with one, a LoRA file and folder and checkpoint; prompts from a text file."""
-    train(
-        tmp_path / "lora", noising="forward", label_column="label_0", rank=2, learning_rate=1e-2, max_train_steps=1,
-        checkpointing_steps=1,
-    )  # fmt: skip
     (tmp_path / "prompts.txt").write_text("a large red circle\n\na small blue square\na large red circle\n")
-    lora = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
-    shutil.copy(lora, tmp_path / "renamed.safetensors")
+    shutil.copy(lora_run / "pytorch_lora_weights.safetensors", tmp_path / "renamed.safetensors")
     models = {
-        "unet": damaged / "unet", "folder": damaged, "lora": tmp_path / "lora", "file": tmp_path / "renamed.safetensors",
-        "checkpoint": tmp_path / "lora" / "checkpoint-1",
+        "unet": damaged / "unet", "folder": damaged, "lora": lora_run, "file": tmp_path / "renamed.safetensors",
+        "checkpoint": lora_run / "checkpoint-12",
     }  # fmt: skip
     results = evaluate(
         tmp_path / "out", models=[f"{name}={path}" for name, path in models.items()], dataset_name=None, split=None,
         prompts_path=tmp_path / "prompts.txt", num_images_per_prompt=2, max_prompts=None, batch_size=3,
     )  # fmt: skip
     assert results["unet"]["mean"] == results["folder"]["mean"] != results["base"]["mean"]
-    assert (
-        results["lora"]["mean"] == results["file"]["mean"] == results["checkpoint"]["mean"] != results["base"]["mean"]
-    )
+    lora, file, checkpoint, base = (results[name]["mean"] for name in ("lora", "file", "checkpoint", "base"))
+    assert lora == file == checkpoint != base
     assert len(list((tmp_path / "out" / "images" / "base").iterdir())) == 4
 
 
@@ -172,7 +186,18 @@ def test_images_of_something_else_are_not_mistaken(damaged, tmp_path):
         evaluate(tmp_path / "out", **flags)
 
 
-def test_two_processes_share_the_drawing(damaged, tmp_path, monkeypatch):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    def fail_halfway(path):
+        path.write_text("new, but")
+        raise OSError("disk full")
+
+    (tmp_path / "record.json").write_text("old")
+    with pytest.raises(OSError, match="disk full"):
+        evaluate_smpo.save_whole(tmp_path / "record.json", fail_halfway)
+    assert (tmp_path / "record.json").read_text() == "old"
+
+
+def test_two_processes_share_the_work(damaged, tmp_path, monkeypatch):
     flags = {"models": [f"damaged={damaged}"], "max_prompts": 9, "batch_size": 2, "num_inference_steps": 3}
     one = evaluate(tmp_path / "one", **flags)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -182,19 +207,101 @@ def test_two_processes_share_the_drawing(damaged, tmp_path, monkeypatch):
     two = read_results(tmp_path / "two")
     assert two["damaged"]["mean"] == pytest.approx(one["damaged"]["mean"], abs=0.05)
     assert images_in(tmp_path / "one").keys() == images_in(tmp_path / "two").keys()
+    # One process finds the scores of two in their order: it takes them, and another batch would give another last bit.
+    kept = [path.read_bytes() for path in sorted((tmp_path / "two" / "scores").iterdir())]
+    assert evaluate(tmp_path / "two", **flags) == two
+    assert kept == [path.read_bytes() for path in sorted((tmp_path / "two" / "scores").iterdir())]
+    path = tmp_path / "two" / "scores" / "damaged.json"
+    kept = np.array(json.loads(path.read_text())["pickscore"]["scores"])
+    path.unlink()
+    evaluate(tmp_path / "two", **flags)
+    again = np.array(json.loads(path.read_text())["pickscore"]["scores"])
+    assert np.abs(kept[:, None] - again).argmin(axis=1).tolist() == list(range(9))
 
 
-def test_checkpoints_of_a_run(tmp_path):
-    train(
-        tmp_path / "run", noising="forward", label_column="label_0", rank=2, learning_rate=1e-3, max_train_steps=12,
-        checkpointing_steps=4,
-    )  # fmt: skip
-    results = evaluate(tmp_path / "out", run_dir=tmp_path / "run", max_prompts=6, num_inference_steps=3)
+def test_nothing_is_scored_twice_and_no_other_image_is_mistaken(tmp_path):
+    flags = {"models": [f"same={TINY / 'sd15'}"], "max_prompts": 3, "num_inference_steps": 2}
+    first = evaluate(tmp_path, **flags)
+    path = tmp_path / "scores" / "same.json"
+    kept = json.loads(path.read_text())
+    kept["pickscore"]["scores"] = [1.0, 2.0, 3.0]
+    path.write_text(json.dumps(kept))
+    more = evaluate(tmp_path, **flags, reward_model=[TINY / "pickscore", f"more={TINY / 'pickscore'}"])
+    assert more["same"]["mean"] == 2 and read_results(tmp_path, "more")["same"]["mean"] == first["same"]["mean"]
+    shutil.rmtree(tmp_path / "images" / "same")  # they are drawn and scored again
+    assert evaluate(tmp_path, **flags)["same"]["mean"] == first["same"]["mean"]
+
+
+def test_the_best_checkpoint_of_a_run(lora_run, tmp_path):
+    results = evaluate(tmp_path / "out", run_dir=lora_run, max_prompts=6, num_inference_steps=3)
     assert list(results) == ["base", "checkpoint-4", "checkpoint-8", "checkpoint-12"]
     assert results["checkpoint-12"]["mean"] != results["checkpoint-4"]["mean"]
     assert Image.open(tmp_path / "out" / "checkpoints.png").size == (840, 480)
-    with pytest.raises(ValueError, match="--run_dir .*no folders named checkpoint-STEP"):
+    best = json.loads((tmp_path / "out" / "results.json").read_text())["best"]
+    assert best["win_rate"] == max(row["win_rate"] for name, row in results.items() if name != "base")
+    assert best["model"] == f"checkpoint-{best['step']}" and 0 <= best["win_rate_on_other_half"] <= 1
+    sentence = (tmp_path / "out" / "results.md").read_text().splitlines()[0]
+    assert f"**{best['model']}** is the best of 3 checkpoints under pickscore: it wins over the base" in sentence
+    assert "optimistic" in sentence and f"wins {best['win_rate_on_other_half']:.1%} on the other half" in sentence
+    with pytest.raises(UserError, match="--run_dir .*no folders named checkpoint-STEP"):
         evaluate(tmp_path / "none", run_dir=tmp_path)
+
+
+# The Hub
+
+
+def push(cache, name, source):
+    """Puts a new commit of a model repository into the folder that the Hub's clients keep, and returns it."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    commit = f"{len(list(folder.glob('snapshots/*'))):040x}"
+    shutil.copytree(source, folder / "snapshots" / commit)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+    return commit
+
+
+def test_models_of_the_hub(damaged, tmp_path, monkeypatch):
+    """A UNet alone and the model, each of a known commit; one that is pushed again is not mistaken for what it was."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    commits = [push(tmp_path / "hub", "me/base", TINY / "sd15"), push(tmp_path / "hub", "me/unet", damaged / "unet")]
+    reward = push(tmp_path / "hub", "me/pick", TINY / "pickscore")
+    other = shutil.copytree(TINY / "pickscore", tmp_path / "other")
+    (other / "preprocessor_config.json").write_text("{")
+    push(tmp_path / "hub", "me/pick", other)
+    flags = {
+        "pretrained_model_name_or_path": "me/base", "models": ["hub=me/unet", f"local={damaged}"], "max_prompts": 3,
+        "num_inference_steps": 2, "reward_model": "me/pick", "reward_model_revision": reward,
+    }  # fmt: skip
+    evaluate(tmp_path / "out", **flags)
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [record["models"][name] for name in ("base", "hub")] == [f"me/base@{commits[0]}", f"me/unet@{commits[1]}"]
+    assert record["rewards"]["pick"]["model"] == record["rewards"]["pick"]["processor"] == f"me/pick@{reward}"
+    results = read_results(tmp_path / "out", "pick")
+    assert results["hub"]["mean"] == results["local"]["mean"] != results["base"]["mean"]
+    push(tmp_path / "hub", "me/unet", TINY / "sd15" / "unet")
+    with pytest.raises(UserError, match=f"(?s)holds images of something else:.*model hub: me/unet@{commits[1]} then"):
+        evaluate(tmp_path / "out", **flags)
+    push(tmp_path / "hub", "me/unet", TINY / "pairs")
+    with pytest.raises(UserError, match="--models hub=me/unet holds test.parquet, train.parquet"):
+        evaluate(tmp_path / "new", **flags)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_lora_of_the_hub_is_known_before_it_is_downloaded(tmp_path, monkeypatch):
+    repository = tmp_path / "root" / "me" / "lora"
+    repository.mkdir(parents=True)
+    (repository / "style.safetensors").write_bytes(b"")
+    routes = [(pattern.replace("/api/datasets/", "/api/models/"), name) for pattern, name in hub_server.ROUTES]
+    monkeypatch.setattr(hub_server, "ROUTES", routes)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with hub_server.serve(tmp_path / "root") as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        source = evaluate_smpo.locate("models", "me/lora")
+        assert source.kind == ("lora", "style.safetensors") and source.identity == f"me/lora@{source.commit}"
+        assert [path for _, path, _ in hub.requests] == ["/api/models/me/lora"]
+        with pytest.raises(UserError, match="(?s)--models me/none cannot be loaded: .*Repository Not Found"):
+            evaluate_smpo.locate("models", "me/none")
 
 
 # Prompts and rewards
@@ -221,6 +328,10 @@ def test_prompts_in_every_format(tmp_path):
     assert (len(prompts), groups) == (2, ["Animals", "Vehicles"]) and prompts[1] == "a boat"
     assert load_prompts(parsed(prompts_path=parti)) == (prompts, [None, None])
 
+    for name, text in [("bom.txt", "a boat\n"), ("bom.csv", "caption\na boat\n"), ("bom.json", '["a boat"]')]:
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert load_prompts(parsed(prompts_path=tmp_path / name)) == (["a boat"], [None])
+
     rows = [{"caption": "a, b", "kind": 1}, {"caption": "c", "kind": 2}, {"caption": None, "kind": 2}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "rows.csv").write_text('caption,kind\n"a, b",1\nc,2\n')
@@ -234,24 +345,72 @@ def test_prompts_in_every_format(tmp_path):
     (tmp_path / "mixed.json").write_text('["a", {"caption": "b"}]')
     (tmp_path / "half.json").write_text('["a", ')
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "empty.csv").write_text("caption,kind\n")
+    (tmp_path / "latin.txt").write_bytes("une fiancée".encode("latin-1"))
+    (tmp_path / "number.json").write_text('[{"caption": 7}]')
     for flags, message in [
         ({"prompts_path": tmp_path / "bad.json"}, "bad.json cannot be loaded: it holds no list of prompts"),
         ({"prompts_path": tmp_path / "mixed.json"}, "mixed.json cannot be loaded: it holds no list of prompts"),
         ({"prompts_path": tmp_path / "half.json"}, "half.json cannot be loaded"),
-        ({"prompts_path": tmp_path / "empty.txt"}, "empty.txt.* has no prompts"),
+        ({"prompts_path": tmp_path / "empty.txt"}, "There are no prompts in .*empty.txt"),
+        ({"prompts_path": tmp_path / "empty.csv"}, "There are no prompts in .*empty.csv"),
+        ({"prompts_path": tmp_path / "latin.txt"}, "(?s)latin.txt cannot be loaded: 'utf-8' codec .*UTF-8: txt"),
+        ({"prompts_path": tmp_path / "number.json"}, "--caption_column caption holds 7, which is no text"),
         (
             {"prompts_path": hpd, "group_column": "kind"},
-            "--group_column kind is one of a table: .*anime.json is a list",
+            "anime.json .* no column for --group_column kind, but caption",
         ),
         ({"prompts_path": tmp_path / "rows.csv", "caption_column": "text"}, "no column for --caption_column text"),
-        (
-            {"prompts_path": parti, "group_column": "Style"},
-            "no column for --group_column Style. It has Prompt, Category",
-        ),
+        ({"prompts_path": parti, "group_column": "Style"}, "no column for --group_column Style, but Prompt, Category"),
         ({"dataset_name": tmp_path / "rows.parquet", "group_column": "x"}, "no column for --group_column x"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_prompts(parsed(**flags))
+
+
+def test_of_a_data_set_one_column_of_one_split_is_read(tmp_path):
+    """All of the other split, and the pictures in this one, are overwritten with zeros."""
+    folder = shutil.copytree(TINY / "pairs", tmp_path / "pairs")
+    for path in folder.iterdir():
+        data = bytearray(path.read_bytes())
+        metadata = pq.ParquetFile(path).metadata
+        for group, i in itertools.product(range(metadata.num_row_groups), range(metadata.num_columns)):
+            column = metadata.row_group(group).column(i)
+            if path.stem == "train" or column.path_in_schema.startswith("jpg"):
+                start = column.dictionary_page_offset or column.data_page_offset
+                data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+        path.write_bytes(data)
+    flags = {"split": "test", "max_prompts": 5, "group_column": "model_0"}
+    found = load_prompts(parsed(dataset_name=folder, **flags))
+    assert found == load_prompts(parsed(dataset_name=TINY / "pairs", **flags)) and len(found[0]) == 5
+    with pytest.raises(UserError, match="(?s)--dataset_split_name validation cannot be loaded: .*validation"):
+        load_prompts(parsed(dataset_name=TINY / "pairs", split="validation"))
+
+
+def test_tables_are_safe_to_open(damaged, tmp_path):
+    """Neither Markdown nor a spreadsheet runs what a file of prompts holds."""
+    rows = [{"caption": "=1+1", "kind": "<img src=x onerror=alert(1)>|*a*"}, {"caption": "-2", "kind": "@b"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    evaluate(
+        tmp_path / "out", models=[f"damaged={damaged}"], dataset_name=None, split=None, group_column="kind",
+        prompts_path=tmp_path / "rows.json", num_inference_steps=2,
+    )  # fmt: skip
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert r"&lt;img src=x onerror=alert(1)&gt;\|\*a\* prompts (1, too few prompts" in text and "<img" not in text
+    cells = [(row["prompt"], row["group"]) for row in read_table(tmp_path / "out" / "scores.csv")]
+    assert cells[:2] == [("'=1+1", rows[0]["kind"]), ("'-2", "'@b")]
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path):
+    reward = shutil.copytree(TINY / "pickscore", tmp_path / "reward")
+    weights = load_file(reward / "model.safetensors")
+    weights["visual_projection.weight"][0, 0] = math.nan
+    save_file(weights, reward / "model.safetensors", {"format": "pt"})
+    flags = {"models": [f"same={TINY / 'sd15'}"], "max_prompts": 2, "num_inference_steps": 2}
+    with pytest.raises(UserError, match="broken gives nan to .*images/base/00000_0.png"):
+        evaluate(tmp_path / "out", **flags, reward_model=f"broken={reward}")
+    assert len(images_in(tmp_path / "out")) == 4
+    evaluate(tmp_path / "out", **flags)
 
 
 def test_several_rewards_and_groups(damaged, tmp_path):
@@ -263,9 +422,9 @@ def test_several_rewards_and_groups(damaged, tmp_path):
         weights.update({f"layers.{number}.{name}": value for name, value in layer.state_dict().items()})
     torch.save(weights, tmp_path / "head.pth")
     results = evaluate(
-        tmp_path / "out", models=[f"damaged={damaged}"], reward_model=[f"one={TINY / 'pickscore'}", TINY / "pickscore"],
-        aesthetic_head=tmp_path / "head.pth", aesthetic_clip=TINY / "pickscore", max_prompts=12, num_inference_steps=3,
-        group_column="model_0",
+        tmp_path / "out", models=[f"damaged={damaged}"], group_column="model_0",
+        reward_model=[f"one={TINY / 'pickscore'}", TINY / "pickscore"], max_prompts=12, num_inference_steps=3,
+        aesthetic_head=tmp_path / "head.pth", aesthetic_clip=TINY / "pickscore",
     )  # fmt: skip
     again = read_results(tmp_path / "out", "one")
     assert again["damaged"]["median"] == results["damaged"]["median"]
@@ -281,13 +440,10 @@ def test_several_rewards_and_groups(damaged, tmp_path):
 
     model = CLIPModel.from_pretrained(TINY / "pickscore").float()
     processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
-    with open(tmp_path / "out" / "scores.csv", newline="") as file:
-        row = list(csv.DictReader(file))[15]
-    pixels = processor.image_processor(Image.open(tmp_path / "out" / row["image"]), return_tensors="pt")[
-        "pixel_values"
-    ]
+    row = read_table(tmp_path / "out" / "scores.csv")[15]
+    inputs = processor.image_processor(Image.open(tmp_path / "out" / row["image"]), return_tensors="pt")
     with torch.no_grad():
-        features = model.visual_projection(model.vision_model(pixels).pooler_output)
+        features = model.visual_projection(model.vision_model(inputs["pixel_values"]).pooler_output)
         x = features / features.norm()
         for layer in layers:
             x = layer(x)
@@ -295,35 +451,120 @@ def test_several_rewards_and_groups(damaged, tmp_path):
     assert "**aesthetic**" in (tmp_path / "out" / "results.md").read_text()
 
 
+# Statistics
+
+
 def test_statistics_in_closed_form():
     base, tuned = np.array([[1.0], [2.0], [3.0], [4.0]]), np.array([[2.0], [2.0], [2.0], [5.0]])
     assert wins(tuned, base).ravel().tolist() == [1, 0.5, 0, 1]
     results, duels = summarise({"r": {"base": base, "tuned": tuned}}, ["a", "a", "b", "b"], seed=0)
-    key = {"reward": "r", "group": "all"}
-    assert results[0] == {**key, "model": "base", "median": 2.5, "mean": 2.5, "num_prompts": 4}
+    key = {"reward": "r", "group": "all", "model": "base", "median": 2.5, "mean": 2.5, "num_prompts": 4}
+    assert key.items() <= results[0].items()
     lost, won = duels[:2]
     assert won["win_rate"] == 0.625 and won["win_rate_low"] < 0.625 < won["win_rate_high"] and won["tie_rate"] == 0.25
     assert (lost["opponent"], lost["win_rate"]) == ("tuned", 0.375)
-    assert [(row["group"], row["win_rate"]) for row in duels if row["model"] == "tuned"][1:] == [
-        ("a", 0.75),
-        ("b", 0.5),
+    found = [(row["group"], row["win_rate"]) for row in duels if row["model"] == "tuned"]
+    assert found[1:] == [("a", 0.75), ("b", 0.5)]
+    text = evaluate_smpo.as_markdown(results, duels)
+    assert "| tuned | 2.000 (2.000 to 5.000) | -0.500 (" in text and "| 2.750 | 62.5% (" in text
+    assert "**r**, b prompts (2, too few prompts for an interval to mean much)" in text
+
+
+def test_interval_of_what_is_wholly_won_or_lost():
+    """Wilson's interval ends where the score test of that rate gives z: |rate - end| = z sqrt(end (1 - end) / n)."""
+    for images, num_won, count in itertools.product((1, 3), (0, 1, 12, 24), (24, 500)):
+        values = np.repeat(np.arange(count) < num_won, images).reshape(count, images).astype(float)
+        ends = win_intervals(values.mean(axis=1, keepdims=True), resample_prompts(count, 0))[:, 0]
+        rounding = 1e-12 * np.array([-1, 1])  # float64, of numbers below 1
+        assert 0 <= ends[0] < ends[1] <= 1 and ends[0] + rounding[0] < num_won / count < ends[1] + rounding[1]
+        for end in ends:
+            if 1e-9 < end < 1 - 1e-9:
+                z = abs(num_won / count - end) / np.sqrt(end * (1 - end) / count)
+                assert z == pytest.approx(1.9599639845400545, rel=1e-9)  # float64, after a difference and a root
+    assert win_intervals(np.ones((24, 1)), resample_prompts(24, 0))[0] == pytest.approx(
+        24 / (24 + 1.959964**2), abs=1e-6
+    )
+
+
+def test_interval_is_the_normal_one_for_many_prompts():
+    rates = np.random.default_rng(0).choice([0, 0.5, 1], size=(2000, 1), p=[0.3, 0.2, 0.5])
+    low, high = win_intervals(rates, resample_prompts(2000, 0))[:, 0]
+    mean, error = rates.mean(), rates.std() / np.sqrt(2000)
+    # A quantile of 10,000 normal draws has a standard error of 0.027 of theirs; five of them.
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.135 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.135 * error)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_medians_of_resamples_are_binomial(images):
+    """Of 25 values, the median of a resample is at most the k-th if 13 draws or more are among the k lowest.
+
+    Twice the same image says nothing new.
+    """
+    values = np.random.default_rng(1).permutation(np.arange(25.0))
+    medians = evaluate_smpo.resampled_medians(np.repeat(values[:, None], images, axis=1), resample_prompts(25, 0))
+    for k in range(1, 26):
+        exact = sum(math.comb(25, j) * (k / 25) ** j * (1 - k / 25) ** (25 - j) for j in range(13, 26))
+        assert (medians <= k - 1).mean() == pytest.approx(exact, abs=5 * 0.5 / math.sqrt(10_000))  # 5 standard errors
+
+
+def test_the_best_on_the_other_half_is_the_mean_over_all_halves():
+    rates, found = np.random.default_rng(2).random((6, 4)), []
+    for half in itertools.combinations(range(6), 3):
+        rest = [i for i in range(6) if i not in half]
+        found.append(rates[rest, rates[list(half)].sum(axis=0).argmax()].mean())
+    assert evaluate_smpo.win_rate_on_other_half(rates, 0) == pytest.approx(
+        np.mean(found), abs=5 * 0.5 / math.sqrt(1000)
+    )  # as above
+    noise = np.random.default_rng(3).integers(0, 2, (200, 40)).astype(float)  # forty checkpoints as good as the base
+    assert evaluate_smpo.win_rate_on_other_half(noise, 0) < noise.mean(axis=0).max() - 0.02
+
+
+def test_many_checkpoints_do_not_take_long():
+    """One matrix of weights serves 41 models' 1,640 duels: two seconds, where a bootstrap for each took a minute."""
+    rng, start = np.random.default_rng(0), time.monotonic()
+    models = {f"model-{i}": rng.normal(size=(500, 1)) for i in range(41)}
+    assert len(summarise({"r": models}, [None] * 500, seed=0)[1]) == 41 * 40
+    assert time.monotonic() - start < 25
+
+
+# Mistakes
+
+
+def test_a_mistake_is_said_alone_and_before_anything_else(tmp_path):
+    args = [sys.executable, ROOT / "evaluate_smpo.py", *evaluation_flags(tmp_path / "out", resolution=63)]
+    done = subprocess.run([str(arg) for arg in args], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-2:] == [
+        "evaluate_smpo.py: --resolution must be a multiple of 8, the VAE's factor, got 63.",
+        "Give tuned models with --models, or the folder of a run with --run_dir.",
     ]
-    text = as_markdown(results, duels)
-    assert "| tuned | 2.000 | 2.750 | 62.5% |" in text and "**r**, b prompts (2)" in text
+    assert "Traceback" not in done.stderr
 
 
-def test_bootstrap_interval_is_the_normal_one_for_many_prompts():
-    values = (np.random.default_rng(0).random((2000, 1)) < 0.6).astype(float)
-    low, high = bootstrap_interval(values, seed=0)
-    mean, error = values.mean(), values.std() / np.sqrt(len(values))
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.002)
-    assert high == pytest.approx(mean + 1.96 * error, abs=0.002)
+def test_names_and_paths(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_text("a boat\n")
+    args = parsed(
+        models=["smpo=~/runs/lr=1e-5/checkpoint-50", "~/runs/a=b/last"], prompts_path="~/prompts.txt",
+        output_dir="~/out", reward_model="~/pick", pretrained_model_name_or_path="~/base",
+    )  # fmt: skip
+    assert args.models["smpo"] == f"{tmp_path}/runs/lr=1e-5/checkpoint-50"
+    assert args.reward_model == {"pick": f"{tmp_path}/pick"} and args.reward_processor == [f"{tmp_path}/pick"]
+    with pytest.raises(UserError, match="--output_dir .*demo.jpg is a file"):
+        parsed(output_dir=TINY / "demo.jpg", dataset_name="x")
+    reward = shutil.copytree(TINY / "pickscore", tmp_path / "reward")
+    (reward / "model.safetensors").write_bytes((reward / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(UserError, match="--reward_model .*reward cannot be loaded: SafetensorError"):
+        evaluate(tmp_path / "out", models=f"same={TINY / 'sd15'}", reward_model=reward)
+    with pytest.raises(SystemExit):
+        parsed(num_inference_steps=0)
+    assert "--num_inference_steps: must be positive, got 0" in capsys.readouterr().err
+    assert args.output_dir == f"{tmp_path}/out" and args.pretrained_model_name_or_path == f"{tmp_path}/base"
 
 
-def test_images_of_a_prompt_count_as_one_observation():
-    """Doubling every image must not narrow the interval."""
-    values = (np.random.default_rng(0).random((100, 1)) < 0.6).astype(float)
-    assert bootstrap_interval(values, seed=0) == bootstrap_interval(np.repeat(values, 2, axis=1), seed=0)
+def test_a_comparison_is_of_thumbnails():
+    images = [[Image.new("RGB", (1024, 512))] * 4] * 12
+    assert evaluate_smpo.side_by_side(images, images, ["a"] * 12).size == (8 * 256, 12 * (128 + 23))
 
 
 @pytest.mark.parametrize(
@@ -336,22 +577,24 @@ def test_images_of_a_prompt_count_as_one_observation():
         ({"reward_model": ["a/x", "b/x"]}, "--reward_model b/x: 'x' cannot name it"),
         ({"reward_processor": ["a", "b"]}, "--reward_processor has 2 values for 1 reward models"),
         ({"aesthetic_head": "/no/head.pth"}, "--aesthetic_head /no/head.pth is not a file"),
-        (
-            {"aesthetic_head": TINY / "demo.jpg"},
-            "(?s)--aesthetic_head .*demo.jpg cannot be loaded.*layers.N, N of 0, 2",
-        ),
+        ({"aesthetic_head": TINY / "demo.jpg"}, "(?s)--aesthetic_head .*demo.jpg cannot be loaded.*N of 0, 2"),
         ({"aesthetic_clip": "x"}, "--aesthetic_clip does nothing without --aesthetic_head"),
-        ({"image_reward": True}, "--image_reward needs its package: pip install image-reward"),
         ({"models": ["base=x"]}, "'base' cannot name it"),
         ({"models": ["a=x", "a=y"]}, "'a' cannot name it"),
-        ({"models": ["mine=/no/such/model"]}, "/no/such/model is neither a Hub name nor"),
+        ({"models": ["mine=/no/such"]}, "(?s)--models /no/such cannot be loaded.*a file or folder that exists"),
+        ({"models": [f"mine={TINY / 'pairs'}"]}, "(?s)--models mine=.*pairs holds test.parquet, .*a pipeline, UNet"),
+        ({"models": [f"mine={TINY / 'judge.safetensors'}"]}, "--models .*judge.safetensors cannot be loaded: "),
+        ({"pretrained_model_name_or_path": TINY / "judge.safetensors"}, "no pipeline: .*.from_single_file"),
+        ({"models": [f"mine={TINY / 'sd15' / 'vae'}"]}, "--models .*vae cannot be loaded: "),
+        ({"dataset_name": ROOT / "README.md"}, "README.md is a file: give it to --prompts_path"),
         ({"pretrained_model_name_or_path": "no/such"}, "--pretrained_model_name_or_path no/such cannot be loaded"),
         ({"reward_model": "no/such"}, "--reward_model no/such cannot be loaded"),
-        ({"num_inference_steps": 0}, "--num_inference_steps must be positive, got 0"),
-        ({"caption_column": "prompt"}, "--caption_column prompt"),
+        ({"caption_column": "text"}, "--caption_column text"),
+        ({"guidance_scale": math.inf}, "--guidance_scale must be finite, got inf"),
+        ({"seed": -1}, "--seed must not be negative, got -1"),
         ({"reward_model": TINY / "sd15" / "text_encoder"}, "not a CLIP-style model"),
     ],
 )
 def test_bad_input_is_named(flags, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         evaluate(tmp_path, **{"models": [f"same={TINY / 'sd15'}"], **flags})
