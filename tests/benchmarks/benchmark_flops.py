@@ -1,26 +1,13 @@
-# coding=utf-8
-# Copyright 2026 The SmPO-Diffusion reference implementation authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
 """What the arithmetic costs: floating-point operations of one image, of one pair and of the published runs.
 
     python tests/benchmarks/benchmark_flops.py [--pairs 204800] [--tflops_per_second 790 312]
 
 The networks are built in their published configurations on PyTorch's meta device, which has shapes and no data, and
-PyTorch's counter adds up what one forward pass multiplies. The script's own `invert` is asked how many predictions it takes
-on average over all timesteps. A backward pass counts twice a forward pass, gradient checkpointing once more. Text encoders
-are left out: a prompt is a hundredth of an image. The hours are what the arithmetic alone would take at the given rates;
-no machine is that fast.
+PyTorch's counter adds up what one forward pass multiplies. The script's own `invert` is asked how many predictions it
+takes on average over all timesteps. A backward pass counts twice a forward pass, gradient checkpointing once more.
+Text encoders are left out: a prompt is a hundredth of an image. The hours are what the arithmetic alone would take at
+the given rates; no machine is that fast.
 """
 
 import argparse
@@ -55,9 +42,7 @@ def forward_flops(kind):
     side = PIXELS[kind] // 8
     with torch.device("meta"), torch.no_grad():
         unet, vae = make_unet(kind), make_vae(kind)
-        added = None
-        if kind == "sdxl":
-            added = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
+        added = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)} if kind == "sdxl" else None
         states = torch.zeros(1, 77, unet.config.cross_attention_dim)
         with FlopCounterMode(display=False) as of_unet:
             unet(torch.zeros(1, 4, side, side), torch.zeros(1), states, added_cond_kwargs=added)
@@ -82,7 +67,7 @@ def predictions(method):
 
 
 def pair_flops(unet, vae, num_predictions, checkpointing):
-    """Operations of one training pair: for each image the VAE, the inversion, the reference, and the policy there and back."""
+    """Operations of a training pair: for each image VAE, inversion, reference, and the policy there and back."""
     return 2 * (vae + unet * (num_predictions + 1 + 3 + checkpointing))
 
 

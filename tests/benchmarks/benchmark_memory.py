@@ -1,30 +1,16 @@
-# coding=utf-8
-# Copyright 2026 The SmPO-Diffusion reference implementation authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
 """Memory of training with the published configurations of SD1.5 and SDXL, counted on any machine or measured on a GPU.
 
     python tests/benchmarks/benchmark_memory.py count [--cases CASE ...] [-- FLAGS OF THE TRAINING SCRIPT]
     python tests/benchmarks/benchmark_memory.py measure [--work_dir FOLDER] [-- FLAGS OF THE TRAINING SCRIPT]
 
 `count` needs no memory and no GPU: the networks hold fake tensors, which have shapes and no data, and the script's own
-`prepare_micro_batches`, `training_step`, backward pass, clipping and optimiser run on them twice, while every storage that is alive is added up. Norms
-run in fp32 as CUDA's autocast has them. What it leaves out: the CUDA context, the work space of cuDNN and the allocator's
-rounding.
+`invert_and_judge`, `training_step`, backward pass, clipping and optimiser run on them twice, while every storage that
+is alive is added up. Norms run in fp32 as CUDA's autocast has them. What it leaves out: the CUDA context, the work
+space of cuDNN and the allocator's rounding.
 
-`measure` runs the training scripts for two steps on random weights (written once, in fp16) and the tiny pairs. On a GPU it
-prints `torch.cuda.max_memory_allocated`; on a CPU, where the cases are run at 64 pixels, the peak resident memory. Both print
-Markdown.
+`measure` runs the training scripts for two steps on random weights (written once, in fp16) and the tiny pairs. On a
+GPU it prints `torch.cuda.max_memory_allocated`; on a CPU, where it runs at 64 pixels, the peak resident memory.
 """
 
 import argparse
@@ -40,7 +26,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import pyarrow.parquet as pq
 import torch
+from accelerate import PartialState
 from random_models import TINY, make_text_encoders, make_unet, make_vae, write_pipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,20 +40,20 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 GIB = 2**30
-# name: kind, resolution, what it shall fit in (GiB, or None), flags of the training script
+CHECKPOINTING, LORA = "--gradient_checkpointing", ["--rank", "16"]
+SDXL_LORA = [*LORA, CHECKPOINTING, "--optimizer", "adamw"]
+# name: kind, pixels, flags of the training script
 CASES = {
-    "SD1.5 LoRA": ("sd15", 512, 8, ["--rank", "16", "--gradient_checkpointing"]),
-    "SD1.5 LoRA, no checkpointing": ("sd15", 512, None, ["--rank", "16"]),
-    "SD1.5 full, AdamW": ("sd15", 512, None, ["--gradient_checkpointing"]),
-    "SD1.5 full, AdamW, no checkpointing": ("sd15", 512, None, []),
-    "SD1.5 full, Adafactor": ("sd15", 512, None, ["--gradient_checkpointing", "--optimizer", "adafactor"]),
-    "SDXL LoRA": ("sdxl", 1024, 16, ["--rank", "16", "--gradient_checkpointing", "--optimizer", "adamw"]),
-    "SDXL LoRA, offload": (
-        "sdxl", 1024, None, ["--rank", "16", "--gradient_checkpointing", "--optimizer", "adamw", "--offload"]
-    ),
-    "SDXL full, Adafactor": ("sdxl", 1024, 48, ["--gradient_checkpointing"]),
-    "SDXL full, Adafactor, offload": ("sdxl", 1024, None, ["--gradient_checkpointing", "--offload"]),
-}  # fmt: skip
+    "SD1.5 LoRA": ("sd15", 512, [*LORA, CHECKPOINTING]),
+    "SD1.5 LoRA, no checkpointing": ("sd15", 512, LORA),
+    "SD1.5 full, AdamW": ("sd15", 512, [CHECKPOINTING]),
+    "SD1.5 full, AdamW, no checkpointing": ("sd15", 512, []),
+    "SD1.5 full, Adafactor": ("sd15", 512, [CHECKPOINTING, "--optimizer", "adafactor"]),
+    "SDXL LoRA": ("sdxl", 1024, SDXL_LORA),
+    "SDXL LoRA, offload": ("sdxl", 1024, [*SDXL_LORA, "--offload"]),
+    "SDXL full, Adafactor": ("sdxl", 1024, [CHECKPOINTING]),
+    "SDXL full, Adafactor, offload": ("sdxl", 1024, [CHECKPOINTING, "--offload"]),
+}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -120,65 +108,43 @@ def bytes_of(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def make_fake(network):
-    """Puts fake tensors in the place of a network's parameters and buffers, which are on the meta device."""
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = torch.nn.Parameter(fake, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+def make_models(kind, script, args):
+    """The script's models for training in bf16, on the meta device."""
+    bf16 = torch.bfloat16
+    with torch.device("meta"):
+        models = {"unet": make_unet(kind).to(bf16 if args.rank else torch.float32)}
+        models["vae"] = make_vae(kind).to(torch.float32 if kind == "sdxl" else bf16).requires_grad_(False)
+        for part, text_encoder in zip(script.TEXT_ENCODERS, make_text_encoders(kind)):
+            models[part] = text_encoder.to(bf16).requires_grad_(False)
+        reference = None if args.rank else make_unet(kind).to(bf16).requires_grad_(False)
+    with mock.patch.object(script, "load_reference", lambda *_: reference):
+        script.set_up_unets(PartialState(), models, bf16, args)
+    return models
 
 
 def count(kind, resolution, flags):
-    """Peak bytes of an optimiser step of two batches, of a micro-batch of one pair each, in bf16, and the bytes of its parts."""
-    script = importlib.import_module(f"train_smpo_{kind}")
-    command = ["--pretrained_model_name_or_path", "none", "--dataset_name", "none", "--output_dir", "none"]
-    command += ["--train_batch_size", "1"]
+    """Peak bytes of an optimiser step of two batches, one pair a micro-batch, in bf16, and its parts' bytes."""
+    script, functional, live = importlib.import_module(f"train_smpo_{kind}"), torch.nn.functional, LiveBytes()
+    command = "--pretrained_model_name_or_path none --dataset_name none --output_dir none --train_batch_size 1".split()
     command += ["--num_inversion_steps", "2"]  # one more UNet call without gradient takes time and no memory
     args = script.parse_args([*command, "--resolution", str(resolution), *flags])
-    args.prediction_type = "epsilon"
-    bf16, live = torch.bfloat16, LiveBytes()
-    with torch.device("meta"):
-        unet = make_unet(kind).to(bf16 if args.rank else torch.float32)
-        ref_unet = None if args.rank else make_unet(kind).to(bf16)
-        vae = make_vae(kind).to(torch.float32 if kind == "sdxl" else bf16)
-        text_encoders = [text_encoder.to(bf16) for text_encoder in make_text_encoders(kind)]
-    if args.rank:
-        script.add_lora(unet, args)
-    frozen = [network.requires_grad_(False) for network in [vae, *text_encoders, ref_unet] if network is not None]
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    models = make_models(kind, script, args)
+    networks = {name: network for name, network in models.items() if network is not None}
+    frozen = [bytes_of(network.parameters()) for name, network in networks.items() if name != "unet"]
+    row = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, 1).to_pylist()[0]
+    drawn = {"mirror": False, "empty": False, "timestep": 999, "seeds": [1, 2, 3]}
+    example = {**script.prepare_pair(row, 0.9, drawn, args), "problems": []}
     with live:
-        with fake:
-            for network in [unet, *frozen]:
-                make_fake(network)
-        if args.offload:
-            live.now -= sum(bytes_of(network.parameters()) for network in frozen)
-        if args.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        unet.train()
-        tokenizer = CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer")
-        models = {"unet": unet, "ref_unet": ref_unet, "vae": vae}
-        models.update(
-            {part: tokenizer for part in script.TOKENIZERS}, **dict(zip(script.TEXT_ENCODERS, text_encoders))
-        )
-        parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for network in networks.values():
+                network.to_empty(device="cpu")  # from the meta device
+        live.now -= sum(frozen) if args.offload else 0
+        models.update(dict.fromkeys(script.TOKENIZERS, CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer")))
+        parameters = [parameter for parameter in models["unet"].parameters() if parameter.requires_grad]
         optimizer = script.make_optimizer(parameters, 1e-5, args)
-        pixels = torch.zeros(3, resolution, resolution, dtype=torch.uint8)
-        example = {
-            "pixel_values": [pixels] * 2, "caption": "a red circle", "soft_label_0": 0.9, "timestep": 999,
-            "seeds": [1, 2, 3], "problems": [],
-            "image_cond": [script.image_conditions((resolution,) * 2, (0, 0), resolution)] * 2,
-        }  # fmt: skip
         alpha_bar = torch.linspace(0.999, 0.005, 1000)
-
-        def autocast():
-            return torch.autocast("cpu", bf16)
-
+        context = script.Context(models, alpha_bar, "epsilon", lambda: torch.autocast("cpu", torch.bfloat16), args)
         live.peak = 0
-        functional = torch.nn.functional
         with (
             mock.patch.object(script, "offload_models", live.moved_in),
             mock.patch.object(functional, "group_norm", in_float32(functional.group_norm)),
@@ -187,55 +153,54 @@ def count(kind, resolution, flags):
             for _ in range(2):
                 for _ in range(2):  # the second batch is inverted while there are gradients of the first
                     batch = script.collate_pairs([example] * max(args.train_batch_size, args.inversion_batch_size))
-                    micro_batch, *_ = script.prepare_micro_batches(batch, models, alpha_bar, autocast, args)
-                    loss, _ = script.training_step(micro_batch, unet, alpha_bar, autocast, args)
+                    micro_batch, *_ = script.invert_and_judge(batch, context)
+                    loss, _ = script.training_step(micro_batch, context)
                     loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-    parts = {
-        "UNet": bytes_of(unet.parameters()),
-        "reference": 0 if ref_unet is None or args.offload else bytes_of(ref_unet.parameters()),
-        "VAE, text": 0 if args.offload else sum(bytes_of(m.parameters()) for m in [vae, *text_encoders]),
+    sizes = {name: 0 if args.offload else bytes_of(network.parameters()) for name, network in networks.items()}
+    reference = sizes.pop("ref_unet", 0)
+    sizes.pop("unet")
+    return live.peak, {
+        "UNet": bytes_of(models["unet"].parameters()), "reference": reference, "VAE, text": sum(sizes.values()),
         "gradients": bytes_of(parameters),
         "optimiser": bytes_of(v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)),
-    }
-    return live.peak, parts
+    }  # fmt: skip
 
 
-def measure(kind, resolution, flags, work_dir, further_flags):
-    """Runs the training script for two steps; its peak memory in bytes."""
+def measure(kind, resolution, flags, work_dir):
+    """Runs the training script for two steps; its peak and reserved memory in bytes, or the error's last line."""
     pipeline, output_dir = work_dir / kind, work_dir / "out"
     if not (pipeline / "model_index.json").is_file():
         write_pipeline(pipeline, kind, torch.float16)
     shutil.rmtree(output_dir, ignore_errors=True)
-    cuda = torch.cuda.is_available()
     command = [
-        sys.executable, "-c", RUN, str(ROOT), f"train_smpo_{kind}", "--pretrained_model_name_or_path", pipeline,
+        sys.executable, "-c", RUN, ROOT, f"train_smpo_{kind}", "--pretrained_model_name_or_path", pipeline,
         "--dataset_name", TINY / "pairs", "--label_column", "label_0", "--gamma", "1", "--output_dir", output_dir,
-        "--resolution", resolution if cuda else 64, "--max_train_steps", 2, "--mixed_precision", "bf16",
-        "--train_batch_size", 1, "--gradient_accumulation_steps", 16,  # as many pairs as are inverted at a time
-        "--report_to", "none", *flags, *further_flags,
+        "--resolution", resolution if torch.cuda.is_available() else 64, "--max_train_steps", 2,
+        "--mixed_precision", "bf16", "--train_batch_size", 1,
+        "--gradient_accumulation_steps", 16,  # as many pairs as are inverted at a time
+        "--report_to", "none", *flags,
     ]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode:
-        return None, done.stderr.strip().splitlines()[-1]
-    return json.loads(re.search(r"^MEMORY (.*)$", done.stdout, re.M).group(1)), None
+    found = re.search(r"^MEMORY (.*)$", done.stdout, re.M)
+    return json.loads(found[1]) if found else [done.stderr.strip().splitlines()[-1], None]
 
 
-# Runs a training script without its final save, which may take more memory than training, and prints its memory.
+# Runs a training script without what it saves, which may take more memory than training, and prints its memory.
 RUN = """
 import importlib, json, resource, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 script = importlib.import_module(sys.argv[2])
-script.save_final = lambda *args: None
+script.save_final = script.save_checkpoint = lambda *args: None
 script.main(script.parse_args(sys.argv[3:]))
-cuda = torch.cuda.is_available()
-print("MEMORY", json.dumps(
-    {"peak": torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-     "reserved": torch.cuda.max_memory_reserved() if cuda else None}
-))
+if torch.cuda.is_available():
+    memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+else:
+    memory = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, None]
+print("MEMORY", json.dumps(memory))
 """
 
 
@@ -247,24 +212,22 @@ def main():
     command = sys.argv[1:] + ["--"]
     own, further_flags = command[: command.index("--")], command[command.index("--") + 1 : -1]
     args = parser.parse_args(own)
-    title = f"GiB, bf16, {' '.join(further_flags) or 'one pair a micro-batch'}"
     if args.how == "count":
-        parts = ["UNet", "reference", "VAE, text", "gradients", "optimiser"]
-        print(f"{title}\n\n| | pixels | {' | '.join(parts)} | the rest | peak | has to fit in |")
-        print("|---" * (len(parts) + 5) + "|")
+        columns = ["UNet", "reference", "VAE, text", "gradients", "optimiser", "the rest", "peak"]
     else:
-        where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU, at 64 pixels: resident memory"
-        print(f"{title}, on {where}\n\n| | pixels | peak | reserved |\n|---|---|---|---|")
+        print("A GPU" if torch.cuda.is_available() else "A CPU, at 64 pixels: resident memory", end=", ")
+        columns = ["peak", "reserved"]
+    print(f"GiB, bf16, {' '.join(further_flags) or 'one pair a micro-batch'}\n")
+    print(f"| | pixels | {' | '.join(columns)} |\n" + "|---" * (len(columns) + 2) + "|")
     for name in args.cases:
-        kind, resolution, target, flags = CASES[name]
+        kind, resolution, flags = CASES[name]
         if args.how == "count":
             peak, sizes = count(kind, resolution, flags + further_flags)
-            columns = [*(sizes[part] for part in parts), peak - sum(sizes.values()), peak]
-            columns = [f"{column / GIB:.2f}" for column in columns] + [str(target or "")]
+            numbers = [*sizes.values(), peak - sum(sizes.values()), peak]
         else:
-            memory, error = measure(kind, resolution, flags, args.work_dir, further_flags)
-            columns = [error, ""] if error else [f"{memory[key] / GIB:.2f}" if memory[key] else "" for key in memory]
-        print(f"| {name} | {resolution} | {' | '.join(columns)} |", flush=True)
+            numbers = measure(kind, resolution, flags + further_flags, args.work_dir)
+        cells = [f"{number / GIB:.2f}" if isinstance(number, int) else number or "" for number in numbers]
+        print(f"| {name} | {resolution} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,9 @@
-# coding=utf-8
-# Copyright 2026 The SmPO-Diffusion reference implementation authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
 """Stable Diffusion 1.5 and XL in their published configurations with random weights, and both in miniature.
 
-The miniature of SDXL has its blocks and layers, so its parameters have the same names; only the widths are small. "tiny-sd15" is
-the trained model of tests/tiny, "small-sd15" SD1.5 at a quarter of its width between that model's VAE and text encoder.
+The miniature of SDXL has its blocks and layers, so its parameters have the same names; only the widths are small.
+"tiny-sd15" is the trained model of tests/tiny, "small-sd15" SD1.5 at a quarter of its width between that model's VAE
+and text encoder.
 """
 
 from pathlib import Path
@@ -57,21 +45,18 @@ UNETS = {
         "norm_num_groups": 8,
     },
 }  # fmt: skip
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 TEXT_ENCODERS = {
-    "sd15": [{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}],
+    "sd15": [CLIP_L],
     "sdxl": [
-        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-        {
-            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-            "hidden_act": "gelu", "projection_dim": 1280,
-        },
+        CLIP_L,
+        {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+         "hidden_act": "gelu", "projection_dim": 1280},
     ],
     "tiny-sdxl": [
         {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
-        {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
-            "hidden_act": "gelu", "projection_dim": 24,
-        },
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+         "hidden_act": "gelu", "projection_dim": 24},
     ],
 }  # fmt: skip
 TINY_TOKENS = {"vocab_size": 597, "bos_token_id": 595, "eos_token_id": 596, "pad_token_id": 596}
@@ -80,7 +65,7 @@ TINY_TOKENS = {"vocab_size": 597, "bos_token_id": 595, "eos_token_id": 596, "pad
 def make_unet(kind):
     """The UNet of `kind`; the norms of SDXL's miniature are not 1 and 0, so that rounding shows."""
     if kind == "tiny-sd15":
-        return UNet2DConditionModel.from_pretrained(TINY / "sd15", subfolder="unet", torch_dtype=torch.float32)
+        return UNet2DConditionModel.from_pretrained(TINY / "sd15" / "unet").float()
     unet = UNet2DConditionModel(**UNETS[kind])
     if kind == "tiny-sdxl":
         for module in unet.modules():
@@ -93,7 +78,7 @@ def make_unet(kind):
 def make_vae(kind):
     """The VAE of `kind`; the miniatures' is the trained one of the tiny SD1.5."""
     if kind not in ("sd15", "sdxl"):
-        return AutoencoderKL.from_pretrained(TINY / "sd15" / "vae", torch_dtype=torch.float32)
+        return AutoencoderKL.from_pretrained(TINY / "sd15" / "vae").float()
     return AutoencoderKL(
         sample_size={"sd15": 512, "sdxl": 1024}[kind], latent_channels=4, block_out_channels=(128, 256, 512, 512),
         layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -102,9 +87,9 @@ def make_vae(kind):
 
 
 def make_text_encoders(kind):
-    """The text encoders of `kind`, a list of one or two; SD1.5's and SDXL's know the tiny tokenizer's words all the same."""
+    """The text encoders of `kind`, one or two; SD1.5's and SDXL's know the tiny tokenizer's words all the same."""
     if kind in ("tiny-sd15", "small-sd15"):
-        return [CLIPTextModel.from_pretrained(TINY / "sd15", subfolder="text_encoder", torch_dtype=torch.float32)]
+        return [CLIPTextModel.from_pretrained(TINY / "sd15" / "text_encoder").float()]
     tokens = TINY_TOKENS if kind == "tiny-sdxl" else {}
     configs = [CLIPTextConfig(**{"projection_dim": 768, **config, **tokens}) for config in TEXT_ENCODERS[kind]]
     classes = [CLIPTextModel, CLIPTextModelWithProjection]
@@ -113,22 +98,17 @@ def make_text_encoders(kind):
 
 def write_pipeline(folder, kind, dtype, scheduler=None):
     """Writes a pipeline of `kind` in `dtype` with random weights and the tokenizer of the tiny SD1.5."""
-    tokenizer = CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer")
     torch.set_default_dtype(dtype)
     try:
-        parts = {"unet": make_unet(kind), "vae": make_vae(kind).to(dtype)}
-        text_encoders = make_text_encoders(kind)
+        unet, vae, text_encoders = make_unet(kind), make_vae(kind).to(dtype), make_text_encoders(kind)
     finally:
         torch.set_default_dtype(torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer")
+    parts = {"unet": unet, "vae": vae, "text_encoder": text_encoders[0], "tokenizer": tokenizer}
     if kind == "sd15":
-        pipeline = StableDiffusionPipeline(
-            **parts, text_encoder=text_encoders[0], tokenizer=tokenizer, requires_safety_checker=False,
-            scheduler=scheduler or PNDMScheduler(**BETAS, skip_prk_steps=True), safety_checker=None,
-            feature_extractor=None,
-        )  # fmt: skip
+        parts |= {"scheduler": scheduler or PNDMScheduler(**BETAS, skip_prk_steps=True), "safety_checker": None}
+        pipeline = StableDiffusionPipeline(**parts, feature_extractor=None, requires_safety_checker=False)
     else:
-        pipeline = StableDiffusionXLPipeline(
-            **parts, text_encoder=text_encoders[0], text_encoder_2=text_encoders[1], tokenizer=tokenizer,
-            tokenizer_2=tokenizer, scheduler=scheduler or EulerDiscreteScheduler(**BETAS),
-        )  # fmt: skip
+        parts |= {"scheduler": scheduler or EulerDiscreteScheduler(**BETAS)}
+        pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=text_encoders[1], tokenizer_2=tokenizer)
     pipeline.save_pretrained(folder)
