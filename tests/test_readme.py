@@ -1,4 +1,4 @@
-"""What the README shows works: command lines, configurations, snippets, flags, metrics and links are held against the code."""
+"""What the documents show works: command lines, configuration, snippets, flags, metrics and links are held against the code."""
 
 import importlib
 import math
@@ -10,7 +10,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import benchmark_flops
 import pyarrow.parquet as pq
 import pytest
 import run_ablation
@@ -19,105 +18,97 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT, TINY, relabel, train, train_sdxl
 from PIL import Image
-from readme_flags import BLOCK, parser_of, script_parser, with_tables
-from test_siblings import SCRIPTS
+from test_siblings import SCRIPTS, parser_of, script_parser
 
 
-README = (ROOT / "README.md").read_text()
-PROSE = re.sub(BLOCK, "", README, flags=re.S)  # without the tables of flags
+DOCUMENTS = [
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/against-the-paper.md", "docs/metrics.md",
+    "tests/ablation/README.md", "tests/benchmarks/README.md",
+]  # fmt: skip
+TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
+README, ALL = TEXTS["README.md"], "".join(TEXTS.values())
 NAME = rf"({'|'.join(script.removesuffix('.py') for script in SCRIPTS)})\.py"
-EIGHT_GPUS = "--num_processes 8 --mixed_precision fp16"
+MAX_LINES = 350
 
 
 def blocks(language, text=README):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
-def lines_of(block):
-    """Lines of a shell script, continuation lines joined."""
-    return block.replace("\\\n", " ").splitlines()
+def shell_lines(text):
+    """Lines of the shell scripts in a document, continuation lines joined, and what it has between backticks."""
+    inline = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", re.sub("```.*?```", "", text, flags=re.S))]
+    return [line for block in blocks("bash", text) for line in block.replace("\\\n", " ").splitlines()] + inline
 
 
 def command_lines(text=README):
-    """Every line that runs one of the scripts."""
-    return [line for block in blocks("bash", text) for line in lines_of(block) if re.search(NAME, line)]
+    """Every line that launches one of the scripts."""
+    return [line for line in shell_lines(text) if re.match(rf"accelerate launch .*{NAME} ", line)]
 
 
-def docstring_lines():
-    """The same, of the scripts' own docstrings."""
+def other_lines():
+    """Those of the scripts' docstrings, of the README's table of methods, and of the demo."""
     for script in SCRIPTS:
-        text = importlib.import_module(script.removesuffix(".py")).__doc__
+        text = importlib.import_module(script.removesuffix(".py")).__doc__.replace("\\\n", " ")
         yield from re.findall(r"^ +(accelerate launch .*)$", text, re.M)
+    for flags in re.findall(r"^\| .* \| `(--.*)` \|$", README, re.M):
+        for script in SCRIPTS[:2]:
+            yield f'{script} --pretrained_model_name_or_path x --dataset_name "$PAIRS" --output_dir new {flags}'
+    demo = ["make", "-n", "demo", "DEMO=tuned", f"TINY={TINY}", "-o", "install", "-o", ".venv/installed"]
+    printed = subprocess.run(demo, cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
+    for found in re.finditer(rf"{NAME} .*", printed):
+        yield re.sub("(output_dir|output_path) tuned", r"\1 new", found[0])
 
 
 def parse(line, folder):
     """What `accelerate launch` and the script make of a command line, in a folder that has the files it speaks of."""
     for name in ("anime.json", "concept-art.json", "paintings.json", "photo.json", "prompts.txt"):
         (folder / name).write_text('["a red circle"]')
-    for name in ("smpo-sd15", "smpo-sdxl"):
+    for name in ("smpo", "smpo-sd15", "smpo-sd15/checkpoint-50", "smpo-sdxl"):
         (folder / "tuned" / name / "unet").mkdir(parents=True)
         (folder / "tuned" / name / "unet" / "config.json").write_text("{}")
         (folder / "tuned" / name / "model_index.json").write_text("{}")
-    if "--labels_path" in line:
+    if "relabel" not in line:
         (folder / "labels.parquet").touch()
-    (folder / "engine.yaml").write_text(next(block for block in blocks("yaml") if "FSDP" in block))
-    line = line.replace("smpo=smpo-", "smpo=tuned/smpo-").replace("PICKAPIC_V2", "$PAIRS")
+        (folder / "tuned" / "labels.parquet").touch()
+    line = re.sub("(smpo=|--run_dir )smpo-", r"\1tuned/smpo-", line).replace("PICKAPIC_V2", "$PAIRS")
     words = shlex.split(line.replace("$PAIRS", str(TINY / "pairs")).removesuffix("&"), comments=True)
-    assert words[:2] == ["accelerate", "launch"]
+    if words[0] != "accelerate":
+        words = ["accelerate", "launch", *words]
     launch, _, _ = _validate_launch_command(launch_command_parser().parse_args(words[2:]))
     name = re.fullmatch(NAME, launch.training_script)[1]
     return launch, importlib.import_module(name).parse_args(launch.training_script_args)
 
 
-@pytest.mark.parametrize("line", [*command_lines(), *docstring_lines()], ids=lambda line: re.search(NAME, line)[1])
+@pytest.mark.parametrize("line", [*command_lines(), *other_lines()], ids=lambda line: re.search(NAME, line)[1])
 def test_command_lines_parse(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     launch, args = parse(line, tmp_path)
-    assert args.dataset_name == str(TINY / "pairs") or args.prompts_path
+    assert args.dataset_name in (str(TINY / "pairs"), None)
     if "--max_train_steps 200" in line:  # the published recipe
         assert launch.num_processes == 8 or "PICKAPIC_V2" in line  # the docstrings say it in words
-        pairs = 8 * args.train_batch_size * args.gradient_accumulation_steps
-        assert pairs == 1024 and args.learning_rate * pairs == pytest.approx(1.024e-5) and args.scale_lr
+        assert 8 * args.train_batch_size * args.gradient_accumulation_steps == 1024
         sdxl = "sdxl" in launch.training_script
         assert (args.beta_dpo, args.optimizer) == ((5000, "adafactor") if sdxl else (2000, "adamw"))
         assert (args.gamma, args.num_inversion_steps, args.noising) == (10, 9, "renoise")
-        assert (args.inversion_guidance_scale, args.lr_warmup_steps, args.proportion_empty_prompts) == (1, 100, 0.2)
+        assert (args.lr_warmup_steps, args.proportion_empty_prompts) == (100, 0.2)
 
 
 def test_every_script_is_shown():
     assert {re.search(NAME, line)[0] for line in command_lines()} == set(SCRIPTS)
-    assert [EIGHT_GPUS in line for line in command_lines() if "--max_train_steps 200" in line].count(True) == 2
+    recipes = [line for line in command_lines() if "--max_train_steps 200" in line]
+    assert {re.search(NAME, line)[1] for line in recipes} == {"train_smpo_sd15", "train_smpo_sdxl"}
+    assert all("--num_processes 8 --mixed_precision fp16" in line for line in recipes)
 
 
-def test_the_table_of_machines():
-    """Each row's launcher parses, and its accumulation makes 1024 pairs a step."""
-    rows = re.findall(r"^\| (\d) GPUs? \| `accelerate launch ([^`]+)` \| (\d+) \|$", README, re.M)
-    assert [int(gpus) for gpus, _, _ in rows] == [1, 2, 8]
-    for gpus, flags, accumulation in rows:
-        launch = launch_command_parser().parse_args([*flags.split(), "script.py"])
-        assert launch.num_processes == int(gpus) and int(gpus) * int(accumulation) == 1024
-
-
-@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.split("\n")[0].strip("# ")[:20])
-def test_accelerate_takes_the_configurations(block, tmp_path):
-    path = tmp_path / "engine.yaml"
+def test_accelerate_takes_the_configuration(tmp_path):
+    (block,) = blocks("yaml")
+    path = tmp_path / "fsdp.yaml"
     path.write_text(block)
     launch = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
     launch, config, _ = _validate_launch_command(launch)
-    kind, written = config.distributed_type.value, yaml.safe_load(block)
-    assert kind == written["distributed_type"] and launch.num_processes == written["num_processes"]
-    assert (launch.multi_gpu, launch.use_fsdp, launch.use_deepspeed) == tuple(
-        kind == other for other in ("MULTI_GPU", "FSDP", "DEEPSPEED")
-    )
-    assert launch.mixed_precision == "bf16" and not kind == "FSDP" or launch.fsdp_version == 2
-    assert kind != "DEEPSPEED" or launch.zero_stage == 2
-
-
-def test_configurations_for_every_case():
-    kinds = [yaml.safe_load(block) for block in blocks("yaml")]
-    assert [(kind["distributed_type"], kind["num_processes"]) for kind in kinds] == [
-        ("NO", 1), ("MULTI_GPU", 2), ("MULTI_GPU", 8), ("FSDP", 8), ("DEEPSPEED", 8)
-    ]  # fmt: skip
+    assert config.distributed_type.value == "FSDP" and launch.num_processes == yaml.safe_load(block)["num_processes"]
+    assert launch.use_fsdp and launch.fsdp_version == 2 and launch.mixed_precision == "bf16"
 
 
 @pytest.mark.parametrize("signalled", [True, False])
@@ -172,102 +163,87 @@ def test_own_pairs(tmp_path, monkeypatch):
 
 
 def test_loading_what_was_trained(sdxl, tmp_path, monkeypatch):
-    """A pipeline, and a LoRA with what ComfyUI reads, by the snippets; the LoRA changes what the UNet says."""
+    """Both files of a LoRA, by the snippet; the LoRA changes what the UNet says."""
     monkeypatch.chdir(tmp_path)
-    Path("smpo-sd15").symlink_to(TINY / "sd15")
     Path("stabilityai").mkdir()
     Path("stabilityai/stable-diffusion-xl-base-1.0").symlink_to(sdxl)
     flags = {"rank": 2, "max_train_steps": 1, "train_batch_size": 2, "num_inversion_steps": 1, "learning_rate": 0.1}
-    train_sdxl("my-lora", sdxl, label_column="label_0", gamma=1, output_kohya_format=True, **flags)
-    assert Path("my-lora/pytorch_lora_weights_kohya.safetensors").is_file()
-    lora, whole = (block for block in blocks("python") if "from_pretrained" in block)
-    names = {}
-    exec(whole, names)
-    assert names["pipeline"].unet.config.sample_size == 8
-    exec(lora, names)
-    unet = names["pipeline"].unet
-    assert unet.dtype == torch.float16 and unet.active_adapters() == ["default_0"]
-    assert any(p.abs().max() > 0 for name, p in unet.named_parameters() if "lora_B" in name)
+    train_sdxl("my-lora", sdxl, label_column="label_0", gamma=1, **flags)
+    (snippet,) = (block for block in blocks("python") if "from_pretrained" in block)
+    for suffix in ("", "_kohya"):
+        names = {}
+        exec(snippet.replace("weights.safetensors", f"weights{suffix}.safetensors"), names)
+        unet = names["pipeline"].unet
+        assert unet.dtype == torch.float16 and unet.active_adapters() == ["default_0"]
+        assert any(p.abs().max() > 0 for name, p in unet.named_parameters() if "lora_B" in name)
 
 
-def test_make_targets(tmp_path):
-    """Those of the README and of CONTRIBUTING.md are there, with the variables that are set; nothing is made."""
-    text = README + (ROOT / "CONTRIBUTING.md").read_text()
-    lines = [line for block in blocks("bash", text) for line in lines_of(block) if line.startswith("make ")]
-    lines += [re.sub(r"\s+", " ", line) for line in re.findall(r"`(make\s[^`]+)`", text)]
-    makefile = (ROOT / "Makefile").read_text()
-    assert {shlex.split(line)[1] for line in lines} >= {
-        "demo",
-        "test",
-        "test-slow",
-        "upstream",
-        "fix-copies",
-        "quality",
-    }
+def test_make_targets():
+    """Those that the documents name are there, with the variables that are set; nothing is made."""
+    lines = [line for line in shell_lines(ALL) if line.startswith("make ")]
+    named = {shlex.split(line)[1] for line in lines}
+    assert named >= {"demo", "test", "test-slow", "upstream", "fix-copies", "quality"}
     for line in lines:
         words = shlex.split(line, comments=True)
-        done = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, check=True)
         for word in words[2:]:
-            assert f"$({word.split('=')[0]})" in makefile, line
+            assert f"$({word.split('=')[0]})" in (ROOT / "Makefile").read_text(), line
 
 
-def test_benchmarks(tmp_path):
-    """Their command lines parse."""
-    lines = re.findall(r"`[^`]*?(benchmark_\w+)\.py\s?([^`]*)`", PROSE)
-    assert {name for name, _ in lines} == {path.stem for path in (ROOT / "tests/benchmarks").glob("benchmark_*.py")}
-    for name, flags in lines:
-        flags = re.sub(r" and so on", "", flags)
-        if flags:
-            parser_of(importlib.import_module(name).main).parse_args(shlex.split(flags))
+def test_command_lines_of_benchmarks_and_ablation():
+    found = set()
+    for line in shell_lines(ALL):
+        if called := re.match(r"python (tests/\w+/(\w+)\.py) ?(.*)", line):
+            path, name, flags = called.groups()
+            assert (ROOT / path).exists()
+            found.add(name)
+            if flags := shlex.split(flags, comments=True):
+                module = importlib.import_module(name)
+                parser_of(getattr(module, "parse_args", module.main)).parse_args(flags)
+    assert found >= {path.stem for path in (ROOT / "tests/benchmarks").glob("benchmark_*.py")} | {"run_ablation"}
 
 
-def test_arithmetic(capsys):
-    benchmark_flops.main([])
-    printed = capsys.readouterr().out
-    table = printed[printed.index("| 204,800 pairs") :]
-    assert table in README and table.count("\n") == 12
-
-
-def test_flags():
-    """Every flag is in its table as the parser has it, and no other flag is spoken of anywhere."""
-    assert with_tables(README) == README, "run `make fix-copies`"
-    listed = [script for scripts, _ in re.findall(BLOCK, README, re.S) for script in scripts.split(", ")]
-    assert sorted(listed) == sorted(SCRIPTS)
-    known = {
-        "--help",
-        "--repo-type",
-        "--local-dir",
-        "--logdir",
-        "--shm-size",
-    }  # of `hf download`, tensorboard and docker, too
-    for parser in (
-        *map(script_parser, SCRIPTS), launch_command_parser(), parser_of(benchmark_flops.main),
-        *(parser_of(importlib.import_module(f"benchmark_{name}").main) for name in ("relabel", "training")),
-        parser_of(run_ablation.parse_args),
-    ):  # fmt: skip
+def test_no_flag_is_spoken_of_that_is_not_there():
+    known = {"--help", "--slow", "--logdir", "--shm-size"}  # of pytest, tensorboard and docker, too
+    makers = [run_ablation.parse_args]
+    makers += [importlib.import_module(path.stem).main for path in (ROOT / "tests/benchmarks").glob("benchmark_*.py")]
+    for parser in (*map(script_parser, SCRIPTS), launch_command_parser(), *map(parser_of, makers)):
         known.update(parser._option_string_actions)
-    text = re.sub(r"^#SBATCH.*$", "", PROSE, flags=re.M) + (ROOT / "CONTRIBUTING.md").read_text()
-    assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known - {"--slow"}
+    text = re.sub(r"^#SBATCH.*$", "", ALL, flags=re.M)
+    assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known
+
+
+def explained(text, heading):
+    """The metrics of a table's first column."""
+    first_cells = [line.split("|")[1] for line in text[text.index(heading) :].split("\n\n")[0].splitlines()[2:]]
+    return [name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)]
 
 
 def test_every_metric_is_explained(tmp_path):
-    """What a run with everything switched on logs is what the table lists; CUDA adds its memory."""
-    flags = {
-        "label_column": "label_0",
-        "rank": 2,
-        "train_batch_size": 1,
-        "max_train_steps": 1,
-        "num_inversion_steps": 1,
-    }
+    """What a run with everything switched on logs is what docs/metrics.md lists; CUDA adds its memory."""
+    flags = {"label_column": "label_0", "rank": 2, "train_batch_size": 1, "max_train_steps": 1}
     logs = train(
-        tmp_path, validation_prompts=["a red circle"], validation_reward_model=TINY / "pickscore",
-        validation_inference_steps=2, num_validation_images=1, validation_split="test", max_validation_samples=1, **flags,
+        tmp_path, validation_prompts=["a red circle"], validation_inference_steps=2, num_validation_images=1,
+        validation_split="test", num_inversion_steps=1, **flags,
     )  # fmt: skip
-    table = README[README.index("| metric | formula") :].split("\n\n")[0]
-    first_cells = [line.split("|")[1] for line in table.splitlines()[2:]]
-    explained = [name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)]
-    assert len(explained) == len(set(explained)) and set(explained) == {*logs, "peak_memory_gib"}
+    all_of_them, eight = (
+        explained(TEXTS["docs/metrics.md"], "| metric | formula"),
+        explained(README, "| metric | what"),
+    )
+    assert len(all_of_them) == len(set(all_of_them)) and set(all_of_them) == {
+        *logs,
+        "peak_memory_gib",
+        "reserved_memory_gib",
+    }
+    assert len(eight) == len(set(eight)) == 8 and set(eight) < set(all_of_them)
+
+
+def test_evidence():
+    """Every interval that the README quotes stands in the ablation's tables, which are those of its CSVs."""
+    quoted = re.findall(r"[+-][\d.]+ ± [\d.]+", README)
+    assert len(quoted) == 7 and not [
+        interval for interval in quoted if interval not in TEXTS["tests/ablation/README.md"]
+    ]
 
 
 def anchors(text):
@@ -276,29 +252,30 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_and_paths(name):
-    text = (ROOT / name).read_text()
+    path = ROOT / name
+    text = path.read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in anchors(text), target
-        elif not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
-    for path in re.findall(r"`((?:tests|\.ci|\.github)/[\w./-]*)", text):
-        assert (ROOT / path).exists(), path
+        file, _, anchor = target.partition("#")
+        if not target.startswith("https://"):
+            linked = path.parent / file if file else path
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked.read_text()), target
+    for inner in re.findall(r"`((?:docs|tests|\.ci|\.github)/[\w./-]*)", text):
+        assert (ROOT / inner).exists(), inner
     for line in "".join(blocks(r"\w+", text)).splitlines():
         assert len(line) <= 104, line  # what fits without scrolling
     assert text.count("<details>") == text.count("</details>") == text.count("<summary>")
 
 
-def test_sections_and_citations():
-    titles = [line for line in README.splitlines() if line.startswith("## ")]
-    assert len(titles) == len(set(titles)) and {
-        "## Speed",
-        "## Does the method work?",
-        "## A LoRA on your own pairs",
-    } <= set(titles)
-    cited = set(re.findall(r"arXiv:(\d+\.\d+)", "".join(blocks("bibtex"))))
-    assert cited == {"2506.02698", "2311.12908", "2305.01569", "2403.14602", "2503.18454"}
-    numbered = re.findall(r"^ ?(\d+)\. ", README[README.index("## Where this parts") :].split("\n## ")[0], re.M)
-    assert [int(number) for number in numbered] == list(range(1, len(numbered) + 1)) and len(numbered) > 8
+def test_form():
+    """README is short, no heading comes twice, departures are numbered, and what is cited is what it builds on."""
+    assert README.count("\n") <= MAX_LINES
+    titles = [line for line in README.splitlines() if line.startswith("#")]
+    assert len(titles) == len(set(titles))
+    papers = {"2506.02698", "2311.12908", "2305.01569", "2010.02502", "2403.14602", "2503.18454"}
+    assert set(re.findall(r"arxiv\.org/abs/(\d+\.\d+)", README)) == papers
+    departures = TEXTS["docs/against-the-paper.md"].split("## Where the code parts")[1]
+    numbers = [int(number) for number in re.findall(r"^ ?(\d+)\. ", departures, re.M)]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 8

@@ -8,9 +8,8 @@ from importlib.metadata import packages_distributions
 
 import pytest
 from conftest import ROOT, run_script
-from readme_flags import script_parser
 from test_readme import blocks, command_lines, parse
-from test_siblings import SCRIPTS, TRAINING
+from test_siblings import SCRIPTS, TRAINING, script_parser
 
 
 # pyproject.toml of the diffusers repository
@@ -30,18 +29,18 @@ line-ending = "auto"
 """
 # Of the arguments that the newest SD and SDXL training examples share, those that have a meaning here.
 ARGUMENTS = """
-    pretrained_model_name_or_path revision variant dataset_name dataset_config_name caption_column output_dir cache_dir seed
-    resolution train_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit
-    resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler
-    lr_warmup_steps use_8bit_adam allow_tf32 dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
-    max_grad_norm push_to_hub hub_token hub_model_id logging_dir report_to mixed_precision image_interpolation_mode
+    pretrained_model_name_or_path revision variant dataset_name dataset_config_name caption_column output_dir
+    seed resolution train_batch_size num_train_epochs max_train_steps checkpointing_steps
+    checkpoints_total_limit resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing
+    learning_rate lr_scheduler lr_warmup_steps use_8bit_adam allow_tf32 dataloader_num_workers adam_beta1
+    adam_beta2 adam_weight_decay adam_epsilon max_grad_norm push_to_hub hub_model_id report_to mixed_precision
     pretrained_vae_model_name_or_path proportion_empty_prompts rank lora_alpha lora_layers offload optimizer
-    output_kohya_format beta_dpo dataset_split_name validation_steps vae_encode_batch_size validation_prompts
-    num_validation_images max_train_samples tracker_project_name prediction_type random_crop no_hflip
+    beta_dpo dataset_split_name validation_steps validation_prompts num_validation_images max_train_samples
+    no_hflip
 """.split()
 # Packages that requirements.txt brings without naming them, and those that a flag asks for.
-BROUGHT = {"huggingface_hub", "fsspec"}
-OPTIONAL = {"wandb", "bitsandbytes", "deepspeed", "ImageReward"}
+BROUGHT = {"huggingface_hub", "fsspec", "filelock", "pandas"}
+OPTIONAL = {"wandb", "bitsandbytes"}
 TESTS = "test_smpo_diffusion.py"
 
 
@@ -151,7 +150,7 @@ def test_habits(folder, name):
         )
     functions = {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert ast.unparse(functions["parse_args"]) == "input_args=None" and ast.unparse(functions["main"]) == "args"
-    assert source.endswith('if __name__ == "__main__":\n    main(parse_args())\n')
+    assert '\nif __name__ == "__main__":\n    try:\n        main(parse_args())\n    except UserError' in source
     assert "logger = get_logger(__name__)" in source or name == "evaluate_smpo.py"
     assert not re.search(r"\btests/|\bmake [a-z-]+`|CONTRIBUTING", source)  # what is not in this folder
 
