@@ -4,24 +4,34 @@ import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything that the tests need lies in tests/tiny
+# Runs are bit for bit the same with one number of threads: one here and in all processes that the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import signal
 import sys
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from fork_server import ForkServer
 from random_models import write_pipeline
 
+
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # five seconds after each stream
 
 collect_ignore = ["upstream"]  # tests of a folder that `make upstream` makes
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny"
+
+TWO_PROCESSES = {"num_processes": 2, "ACCELERATE_USE_CPU": "true"}  # for `server`
 
 import relabel_pickapic  # noqa: E402
 import train_smpo_sd15  # noqa: E402
@@ -41,15 +51,28 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs --slow"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """A line for each file: how its tests ended, and how long they took."""
+    files = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            counts, seconds = files.setdefault(report.nodeid.split("::")[0], (Counter(), []))
+            counts[outcome] += 1
+            seconds.append(report.duration)
+    for name, (counts, seconds) in sorted(files.items()):
+        ended = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        terminalreporter.write_line(f"{name:32} {ended}, {sum(seconds):.0f} s")
+
+
 @pytest.fixture(scope="session")
 def num_kills(pytestconfig):
     """How often the kill tests kill."""
     return 20 if pytestconfig.getoption("--slow") else 4
 
 
-@pytest.fixture(autouse=True)
-def fresh_process():
-    """What a run leaves in its process: accelerate's state, signal handlers, the umask."""
+@contextmanager
+def process_restored():
+    """Takes back what a run leaves in its process: accelerate's state, signal handlers, the umask."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers, umask = [signal.getsignal(number) for number in numbers], os.umask(0o022)
     yield
@@ -57,6 +80,14 @@ def fresh_process():
     for number, handler in zip(numbers, handlers):
         signal.signal(number, handler)
     forget_accelerator()
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+
+
+@pytest.fixture(autouse=True)
+def fresh_process():
+    with process_restored():
+        yield
 
 
 def forget_accelerator():
@@ -71,6 +102,14 @@ def labels_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("labels") / "labels.parquet"
     relabel(output_path=path)
     return path
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Runs of train_smpo_sd15.py in processes of their own, which start in a second."""
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with ForkServer("train_smpo_sd15", log, PYTHONHASHSEED="1") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -180,7 +219,7 @@ def unet_weights(folder):
 
 
 def names_in(folder):
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir()} - {".lock"}
 
 
 def run_script(*args, cwd, launcher=()):

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 
 TOP_LEVEL = {
-    ".ci", ".github", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md",
+    ".ci", ".github", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "docs",
     "evaluate_smpo.py", "pyproject.toml", "relabel_pickapic.py", "requirements.txt", "tests", "train_smpo_sd15.py",
     "train_smpo_sdxl.py",
 }  # fmt: skip
