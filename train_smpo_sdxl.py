@@ -63,7 +63,7 @@ Where this parts from the authors' released code, on purpose:
  4. alpha_bar is never held in half precision, where sqrt(1 - alpha_bar) is off by 7 % at t = 0 and 1.
  5. The two images of a pair share one flip.
  6. A pair that cannot be read is replaced by the next one and counted; the others stay in step.
- 7. Every random draw belongs to (seed, epoch, pair), whatever the micro-batches, processes and resumptions.
+ 7. Every random draw belongs to (seed, epoch, pair), with --streaming to (seed, epoch, process, number of the pair).
  8. Resuming is asked for, never silent, and goes on with the same run or not at all, from checkpoints that are whole.
 """
 
@@ -118,6 +118,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import CheckpointException
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -179,8 +180,8 @@ SAME_RUN = """
     pretrained_model_name_or_path revision variant pretrained_unet_model_name_or_path pretrained_vae_model_name_or_path
     rank lora_alpha lora_layers image_columns caption_column label_column human_label_column resolution no_hflip
     proportion_empty_prompts streaming noising num_inversion_steps renoise_at beta_dpo gamma seed train_batch_size
-    gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps optimizer use_8bit_adam adam_beta1
-    adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
+    inversion_batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps optimizer use_8bit_adam
+    adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
 
 
@@ -870,7 +871,7 @@ def select_pairs(data, num_train_timesteps, args):
         raise UserError(
             f"--label_column {args.label_column} has to be in [0, 1] or null: row {row} has {labels[row]}."
         )
-    if args.gamma != 1 and np.isin(labels, (0, 0.5, 1)).all():
+    if args.gamma != 1 and np.isin(labels[~np.isnan(labels)], (0, 0.5, 1)).all():
         logger.warning(
             f"All labels are 0, 0.5 or 1: --gamma 1 is Diffusion-DPO, --gamma {args.gamma:g} a beta that much larger."
         )
@@ -1002,7 +1003,8 @@ def streamed_batches(pairs, state, accelerator, args):
     `UserError` says which data break off."""
     rank = accelerator.process_index
     stream = pairs.data.shuffle(seed=args.seed, buffer_size=1, max_buffer_input_shards=MIXED_ROW_GROUPS)
-    stream = split_dataset_by_node(stream, rank, accelerator.num_processes)
+    strategy = "shards" if stream.num_shards >= accelerator.num_processes else "examples"
+    stream = split_dataset_by_node(stream, rank, accelerator.num_processes, strategy)
     columns = list(pairs.keys.columns)
     labels = pairs.keys.astype(str).assign(label=pairs.soft_labels_0).drop_duplicates()
     if labels.duplicated(columns).any():
@@ -1038,7 +1040,8 @@ def streamed_batches(pairs, state, accelerator, args):
             epoch, position = epoch + 1, None
 
     endless = examples(**(state or {"epoch": 0, "drawn": 0, "position": None}))
-    with ThreadPoolExecutor(1) as reader:  # ahead of the step that uses it
+    reader = ThreadPoolExecutor(1)  # ahead of the step that uses it
+    try:
         ahead = deque(reader.submit(next, endless) for _ in range(READ_AHEAD))
         while True:
             step = []
@@ -1049,13 +1052,16 @@ def streamed_batches(pairs, state, accelerator, args):
             *groups, last = group_for_inversion(step, lambda example: example["timestep"], args)
             yield from map(collate_pairs, groups)
             yield {**collate_pairs(last), "state": state}
+    finally:
+        reader.shutdown(wait=False, cancel_futures=True)
 
 
 def num_workers(accelerator, args):
     """How many processes decode images for this one."""
     if args.dataloader_num_workers is not None or accelerator.device.type == "cpu":
         return args.dataloader_num_workers or 0
-    return min(MAX_WORKERS, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(MAX_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def ignore_stop(worker):
@@ -1095,7 +1101,7 @@ class Progress:
     step: int = 0  # optimiser steps taken
     tried: int = 0  # those that were not finite included; the data go by these
     skipped_pairs: int = 0
-    positions: list = field(default_factory=list)  # of every process in its stream, with --streaming
+    positions: list = field(default_factory=list)  # with --streaming, of this process; in a file, of every one
 
 
 def step_of(checkpoint):
@@ -1210,23 +1216,23 @@ def save_checkpoint(accelerator, progress, record, args):
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(partial)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's own text of a full disk does not say so
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (partial / RECORD_FILE).write_text(json.dumps({**record, "progress": asdict(progress)}, indent=2))
+            sync_to_disk(*partial.rglob("*"), partial)
+            partial.rename(folder)
+            sync_to_disk(folder.parent)
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # of a full disk
         raise UserError(
             f"--output_dir {args.output_dir}: {folder.name} cannot be written ({error}). {last_checkpoint(args)}"
             " Make room and resume."
         ) from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / RECORD_FILE).write_text(json.dumps({**record, "progress": asdict(progress)}, indent=2))
-        sync_to_disk(*partial.rglob("*"), partial)
-        partial.rename(folder)
-        sync_to_disk(folder.parent)
-        if args.checkpoints_total_limit is not None:
-            for old in find_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                doomed = old.with_name(f"partial-{old.name}")  # half deleted, it no longer has a checkpoint's name
-                shutil.rmtree(doomed, ignore_errors=True)
-                old.rename(doomed)
-                shutil.rmtree(doomed)
+    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
+        for old in find_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+            doomed = old.with_name(f"partial-{old.name}")  # half deleted, it no longer has a checkpoint's name
+            shutil.rmtree(doomed, ignore_errors=True)
+            old.rename(doomed)
+            shutil.rmtree(doomed)
     accelerator.wait_for_everyone()
 
 
@@ -1249,7 +1255,7 @@ def record_of_run(accelerator, pairs, args):
             "pairs_and_labels_sha256": hashlib.sha256(data).hexdigest(),
         },
         "versions": {"python": platform.python_version(), **{p.__name__: p.__version__ for p in packages}},
-        "process": f"{os.getpid()} on {platform.node()}",
+        "process": f"process {os.getpid()} on {platform.node()}",
         "wandb_id": hashlib.sha256(os.urandom(16)).hexdigest()[:8],
     }
 
@@ -1282,8 +1288,8 @@ def claim_output(accelerator, record, args):
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        record = folder / RECORD_FILE
-        holder = f"process {json.loads(record.read_text())['process']}" if record.is_file() else "another run"
+        record_file = folder / RECORD_FILE
+        holder = json.loads(record_file.read_text())["process"] if record_file.is_file() else "another run"
         raise UserError(f"--output_dir {folder} is in use by {holder}: wait for it or stop it.") from error
     try:
         for leftover in folder.glob("partial-checkpoint-*"):
@@ -1325,8 +1331,6 @@ def draw_validation(accelerator, unet, context):
     """Images of one UNet for the validation prompts, the same seeds every time: a list of a list a prompt."""
     models, args, device = context.models, context.args, accelerator.device
     unet, vae = accelerator.unwrap_model(unet), models["vae"]
-    was_training = unet.training
-    unet.eval()
     parts = {part: models[part] for part in ["vae", *TOKENIZERS, *TEXT_ENCODERS]}
     pipeline = make_pipeline(unet, args, **parts, **PIPELINE_OPTIONS)
     images, encoders = [], [models[part] for part in TEXT_ENCODERS]
@@ -1346,7 +1350,6 @@ def draw_validation(accelerator, unet, context):
             latents = (latents / vae.config.scaling_factor).to(vae.dtype)
             decoded = torch.cat([vae.decode(latent).sample for latent in latents.split(1)])
             images.append(pipeline.image_processor.postprocess(decoded))
-    unet.train(was_training)
     del pipeline
     free_memory()
     return images
@@ -1385,9 +1388,7 @@ def validate_pairs(accelerator, held_out, context):
     num_batches = max(1, min(len(held_out), NUM_VALIDATION_PAIRS) // (size * num_processes))
     order = np.random.default_rng(args.seed).permutation(len(held_out))[: num_batches * size * num_processes]
     mine = order.reshape(num_batches, num_processes, size)[:, accelerator.process_index].ravel()
-    groups = group_for_inversion(
-        [(0, int(index)) for index in mine], lambda key: held_out.draw(0, int(held_out.rows[key[1]]))["timestep"], args
-    )
+    groups = group_for_inversion([(0, int(index)) for index in mine], held_out.timestep, args)
     values = []
     for batch in make_loader(accelerator, held_out, groups, args):
         for micro_batch in invert_and_judge(batch, context):
@@ -1759,7 +1760,6 @@ def set_up_unets(accelerator, models, weight_dtype, args):
         ref_unet = load_reference(args, accelerator.device, weight_dtype)
     else:
         add_lora(unet, args)
-    unet.train()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -1807,16 +1807,17 @@ def optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, sto
                 sums = sums + torch.stack(list(metrics.values())) / args.gradient_accumulation_steps
                 num_micro_batches += 1
         lr = optimizer.param_groups[0]["lr"]
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-        grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
         # Whatever the processes have to agree on, in one exchange a step.
         counts = torch.tensor([len(problems), bool(stop_signals)], device=sums.device)
         *means, num_problems, stopping = accelerator.reduce(torch.cat([sums, counts]), "mean").tolist()
         logs = dict(zip(metrics, means))
-        taken = math.isfinite(logs["loss"]) and math.isfinite(grad_norm)
-        if taken or accelerator.scaler is not None:  # fp16's scaler skips the step itself, and finds its scale by that
+        if not all(map(math.isfinite, means)):  # an infinite error may have a finite gradient
+            parameters[0].grad.fill_(math.nan)
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+        taken = math.isfinite(grad_norm)
+        if taken or accelerator.scaler is not None:  # whose step does nothing then but lower fp16's scale
             optimizer.step()
-            taken = taken and not accelerator.optimizer_step_was_skipped
         optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # DDP's gradients stay where they are
         if taken:
             lr_scheduler.step()

@@ -240,7 +240,7 @@ def test_every_flag_is_part_of_the_run_or_may_change(tmp_path):
     """A new flag has to be put into one of the two."""
     may_change = """
         dataset_name dataset_config_name dataset_split_name labels_path key_columns max_train_samples
-        dataloader_num_workers num_train_epochs max_train_steps mixed_precision inversion_batch_size
+        dataloader_num_workers num_train_epochs max_train_steps mixed_precision
         gradient_checkpointing offload allow_tf32 report_to validation_split validation_prompts num_validation_images
         validation_steps validation_inference_steps output_dir checkpointing_steps checkpoints_total_limit
         resume_from_checkpoint push_to_hub hub_public hub_model_id

@@ -86,7 +86,7 @@ def test_an_epoch_of_a_stream(steps, shards):
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_a_stream_goes_on_where_it_stopped(num_processes, steps):
-    """From any step, into the next epoch; 2 processes share the 38 row groups, 3 share the rows."""
+    """From any step, into the next epoch; 2 and 3 processes share the 38 row groups."""
     rank = num_processes - 1
     whole = steps(120 // num_processes, rank, num_processes)
     for stop in (1, 2, 17, 100 // num_processes, 119 // num_processes):

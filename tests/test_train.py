@@ -19,6 +19,7 @@ from conftest import ROOT, TINY, command_line, names_in, train, train_flags, une
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_smpo_sd15
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from train_smpo_sd15 import (
     collate_pairs,
@@ -245,6 +246,22 @@ def test_forward_with_hard_labels_is_diffusion_dpo(tmp_path):
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in pipeline.unet.parameters() if p.grad is not None]).norm()
     assert logs["grad_norm"][0] == pytest.approx(float(norm), rel=1e-2)  # sums in other orders; beta is 1000 times
+
+
+def test_an_infinite_loss_with_a_finite_gradient_changes_nothing(tmp_path, monkeypatch):
+    """As of an infinite error of the reference: the step is not taken, and Adam has counted one of the two."""
+
+    def training_step(*args):
+        loss, metrics = original(*args)
+        calls.append(None)
+        return loss, {**metrics, "loss": metrics["loss"] * (math.inf if len(calls) == 1 else 1)}
+
+    calls, original = [], train_smpo_sd15.training_step
+    monkeypatch.setattr(train_smpo_sd15, "training_step", training_step)
+    logs = train(tmp_path, noising="forward", label_column="label_0", rank=2, max_train_steps=1)
+    assert logs["nonfinite_steps"] == [1] and len(calls) == 2
+    states = torch.load(tmp_path / "checkpoint-1" / "optimizer.bin")["state"].values()
+    assert {float(state["step"]) for state in states} == {1.0}
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
