@@ -841,10 +841,13 @@ def report(labels, metadata, picture_path):
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, columns in score_columns([reward["name"] for reward in metadata["rewards"]]).items():
-        left.hist((frame[columns[0]] - frame[columns[1]]).dropna(), bins=61, histtype="step", label=name)
+        gaps = (
+            (frame[columns[0]] - frame[columns[1]]).dropna().astype(np.float64)
+        )  # fp32 has no bins between near values
+        left.hist(gaps, bins=61, histtype="step", label=name)
     left.set(title="Score gaps", xlabel="score of image 0 - score of image 1", ylabel="pairs")
     left.legend()
-    right.hist(label, bins=61, color="tab:green")
+    right.hist(label.astype(np.float64), bins=61, color="tab:green")
     right.set(title=f"Soft labels of {len(label):,} pairs", xlabel="soft_label_0, P(image 0 is preferred)")
     write_whole(picture_path, lambda file: figure.savefig(file, format="png", dpi=120))
 

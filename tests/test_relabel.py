@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_labels, names_in, relabel, split_pairs
+from conftest import ROOT, TINY, assert_same_labels, command_line, names_in, relabel, split_pairs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
@@ -579,3 +579,17 @@ def test_decode_image_refuses_what_is_no_image():
     side = int(MAX_PIXELS**0.5) + 1
     with pytest.raises(ValueError, match=f"{side} x {side} pixels, more than 50,000,000"):
         decode_image(encoded(Image.new("1", (side, side)), "PNG"), [])
+
+
+def test_labels_a_rounding_apart_are_drawn(labels_path, tmp_path):
+    """Soft labels of 0.5 and of its neighbours in fp32, between which fp32 has no room for bins."""
+    labels = pq.read_table(labels_path)
+    near = [np.nextafter(np.float32(0.2), np.float32(i % 2)) for i in range(len(labels))]
+    for name, values in {"score_0": near, "score_1": [np.float32(0.2)] * len(labels)}.items():
+        labels = labels.set_column(labels.column_names.index(name), name, pa.array(values, pa.float32()))
+    pq.write_table(labels, tmp_path / "near.parquet")
+    flags = {"scores_from": tmp_path / "near.parquet", "score_min": 0.1, "score_max": 0.3}
+    path = tmp_path / "new.parquet"
+    relabel_pickapic.main(relabel_pickapic.parse_args(command_line(output_path=path, **flags)))
+    assert path.with_suffix(".png").is_file()
+    assert 0 < np.ptp(pq.read_table(path)["soft_label_0"].drop_null().to_numpy()) < 1e-6
