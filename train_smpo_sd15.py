@@ -1746,7 +1746,7 @@ def set_up_unets(accelerator, models, weight_dtype, args):
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    if weight_dtype != torch.float32 and not sharded and not args.use_8bit_adam:  # whose step undoes it
+    if weight_dtype != torch.float32 and not sharded and not args.use_8bit_adam:  # 8-bit AdamW undoes it
         for network in filter(None, (unet, ref_unet, models["vae"])):
             network.to(memory_format=torch.channels_last)  # in which convolutions in half precision are fastest
     models["ref_unet"] = ref_unet
@@ -1820,8 +1820,8 @@ def fit(accelerator, pairs, optimizer, lr_scheduler, progress, max_train_steps, 
     """Trains up to `max_train_steps`, with logs, checkpoints and validation; returns the metrics of the last step.
 
     Raises:
-        UserError: too many pairs cannot be read, or too many steps in a row are not finite; it names the last
-        checkpoint. SystemExit: with `EXIT_STOPPED`, after a signal, with a checkpoint saved.
+        UserError: too many pairs cannot be read, or steps in a row are not finite; it names the last checkpoint.
+        SystemExit: with `EXIT_STOPPED`, after a signal, with a checkpoint saved.
     """
     args, logs, skipped_in_a_row = context.args, {}, 0
     tried_before, skipped_before = progress.tried, progress.skipped_pairs  # by a run whose data may have been mended
