@@ -354,7 +354,7 @@ def check_columns(schema, args):
             raise UserError(f"--with_images adds the column {name}, which the data set has already.")
 
 
-# ---- Reward models: what scores images by captions. Another kind needs a `processor.image_processor` and a `score` ---
+# ---- Reward models: another kind needs a `processor.image_processor`, which workers call, a `preprocessing`, a `score`
 
 
 class Reward(NamedTuple):
@@ -433,7 +433,7 @@ def embed_texts(model, processor, texts):
     return unit_features(model.get_text_features(**tokens.to(model.device)))
 
 
-# ---- Scoring piece by piece. The place of an image in the data set is 2 row + side -----------------------------------
+# ---- Scoring piece by piece. The place of an image in the data set is 2 row + side ----------------------------------
 
 
 class Piece(NamedTuple):
@@ -725,17 +725,15 @@ def raw_labels(found, rows, sources, commit, args):
 
 def read_raw_labels(args):
     """What `raw_labels` returns, from the file --scores_from; raises `UserError` if it has none, or other rewards."""
-    path = args.scores_from
-    with explain_errors("scores_from", path, "a labels file of this script"):
-        table = pq.read_table(path)
+    with explain_errors("scores_from", args.scores_from, "a labels file of this script"):
+        table = pq.read_table(args.scores_from)
         metadata = json.loads((table.schema.metadata or {}).get(b"smpo_labels", b"{}"))
         if "rewards" not in metadata:
             raise ValueError(f"its metadata lack smpo_labels, its columns are {', '.join(table.column_names)}")
     count = len(metadata["rewards"])
     for name in ("reward_weights", "score_min", "score_max"):
-        values = getattr(args, name) or [None] * count
-        if len(values) != count:
-            found = f"{len(values)} values, and {path} the scores of {count} reward models"
+        if len(getattr(args, name) or metadata["rewards"]) != count:
+            found = f"{len(getattr(args, name))} values, and {args.scores_from} the scores of {count} reward models"
             raise UserError(f"--{name} has {found}: give one for each.")
     return table.drop_columns(["soft_label_0"]), metadata
 
@@ -921,15 +919,12 @@ def parse_args(input_args=None):
     add("--dataset_name", type=os.path.expanduser, help=f"Data set: {DATASET_ACCEPTED}.")
     add("--dataset_config_name", help="Configuration of the data set, if it has several.")
     add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
-    text = "Read a data set on the Hub in place; otherwise it is downloaded first."
-    add("--streaming", action="store_true", help=text)
+    add("--streaming", action="store_true", help="Read a data set on the Hub in place, not downloaded first.")
     add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")
     add("--caption_column", default="caption", help="Prompt of the images.")
-    text = "What names images 0 and 1, and the comparison if known."
-    add("--key_columns", nargs="+", default=LABEL_KEYS, help=text)
+    add("--key_columns", nargs="+", default=LABEL_KEYS, help="Names of image 0, image 1 and, if known, comparison.")
     add("--human_label_column", default="label_0", help="In {0, 0.5, 1}; ties are left out. May be missing.")
-    text = "Labels file whose raw scores to take: new ranges or weights need neither data set nor model."
-    add("--scores_from", type=os.path.expanduser, help=text)
+    add("--scores_from", type=os.path.expanduser, help="Labels file whose raw scores to give new ranges or weights.")
 
     add = parser.add_argument_group("reward model").add_argument
     text = "CLIP-style models that score, each PATH or NAME=PATH: Hub names or folders."
@@ -938,22 +933,18 @@ def parse_args(input_args=None):
     text = f"Processor of each reward model. Default: the model's own; for PickScore {PICKSCORE_PROCESSOR}."
     add("--reward_processor", type=os.path.expanduser, nargs="+", help=text)
     add("--reward_weights", type=float, nargs="+", help="Weight of each reward in the label. Default: all equal.")
-    text = "Lower end of each reward's range. Default: the lowest score found. Needs --score_max."
-    add("--score_min", type=float, nargs="+", help=text)
-    text = "Upper end of each reward's range. Default: the highest score found. Needs --score_min."
-    add("--score_max", type=float, nargs="+", help=text)
+    add("--score_min", type=float, nargs="+", help="Lower end of each reward's range. Default: the lowest score.")
+    add("--score_max", type=float, nargs="+", help="Upper end of each reward's range. Default: the highest score.")
 
     add = parser.add_argument_group("memory and speed").add_argument
     text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
     add("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
     add("--batch_size", type=positive_int, default=64, help="Pairs at a time; fewer where they do not fit.")
-    text = "Processes that read and decode images. Default: the machine's cores, shared out to its processes."
-    add("--dataloader_num_workers", type=int, help=text)
+    add("--dataloader_num_workers", type=int, help="Processes that read images. Default: the cores, shared out.")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_path", type=os.path.expanduser, required=True, help="Parquet file to write. It must not exist.")
-    text = "Also write a full copy of the data set, scores and labels added, as Parquet files into this folder."
-    add("--with_images", type=os.path.expanduser, metavar="FOLDER", help=text)
+    add("--with_images", type=os.path.expanduser, metavar="FOLDER", help="Also copy data set and labels to here.")
     add("--push_to_hub", action="store_true", help="Upload what was written to a data set repository.")
     add("--hub_dataset_id", help="Repository to upload to. Default: the name of --output_path.")
     add("--hub_public", action="store_true", help="Make a new repository public, not private.")
