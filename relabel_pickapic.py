@@ -41,12 +41,13 @@ With several reward models r' is the weighted mean of theirs. The published labe
 The file has a row for each row of the data set, in its order, and no images: the keys of the pair (`image_0_uid`,
 `image_1_uid`, `ranking_id`), the human `label_0`, the raw `score_0` and `score_1` (of several models `score_0_NAME`,
 `score_1_NAME`), `soft_label_0`, `valid` and, where that is false, `invalid_reason`. Its metadata say, as JSON under
-`smpo_labels`, which model at which revision scored what, the ranges, and the counts. Beside it lies a picture of them.
+`smpo_labels`, which model at which revision scored what, the ranges, and the counts. A picture of them lies beside it.
 
 Each (image, caption) is scored where it first occurs. The rows are cut into pieces, the pieces dealt to the processes
-and their workers, and each finished piece is written whole into a folder beside the output (labels.scores). The same
-command, started again after whatever stopped it, goes on with what is missing, with any number of processes, and ends
-with the same file. Several machines have to share the folder, which is removed when all is written and uploaded.
+and their workers, and each finished piece is written whole into a folder beside the output (labels.scores/HASH, the
+hash of all that scores depend on). The same command, started again after whatever stopped it, goes on with what is
+missing, with any number of processes, and ends with the same file; another command finds nothing there. Several
+machines have to share the folder, which is removed when all is written and uploaded.
 """
 
 import argparse
@@ -397,17 +398,27 @@ def find_rewards(args):
     return found
 
 
-def load_reward(source, device, dtype):
-    """One of `find_rewards`; raises `UserError` if it cannot be loaded, or does not embed images and texts."""
-    path, processor_path, commit = source["reward_model"], source["reward_processor"], source["processor_revision"]
-    with explain_errors("reward_model", path):
-        model = AutoModel.from_pretrained(path, revision=source["revision"])
-    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-        raise UserError(f"--reward_model {path} is a {type(model).__name__}, not a CLIP-style model.")
-    with explain_errors("reward_processor", processor_path):
-        processor = AutoProcessor.from_pretrained(processor_path, revision=commit)
-        processor.image_processor = AutoImageProcessor.from_pretrained(processor_path, revision=commit, **PIL_BACKEND)
-    return Reward(model.requires_grad_(False).eval().to(device, getattr(torch, dtype)), processor)
+def load_rewards(sources, device, dtype):
+    """`{name: Reward}` of what `find_rewards` gives.
+
+    Raises `UserError` if one cannot be loaded, or does not embed images and texts.
+    """
+    rewards = {}
+    for source in sources:
+        path, processor_path, commit = (
+            source[key] for key in ("reward_model", "reward_processor", "processor_revision")
+        )
+        with explain_errors("reward_model", path):
+            model = AutoModel.from_pretrained(path, revision=source["revision"])
+        if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+            raise UserError(f"--reward_model {path} is a {type(model).__name__}, not a CLIP-style model.")
+        with explain_errors("reward_processor", processor_path):
+            processor = AutoProcessor.from_pretrained(processor_path, revision=commit)
+            pixels = AutoImageProcessor.from_pretrained(processor_path, revision=commit, **PIL_BACKEND)
+        processor.image_processor = pixels
+        model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
+        rewards[source["name"]] = Reward(model, processor)
+    return rewards
 
 
 def unit_features(features):
@@ -591,7 +602,7 @@ def score_together(prefix, pieces, wanted, captions, shards, sources, folder, ar
     paths = {piece: folder / f"{prefix}-{piece.start:09d}.parquet" for piece in pieces}
     mine = {piece: paths[piece] for piece in pieces[state.process_index :: state.num_processes]}
     if not all(path.exists() for path in mine.values()):
-        rewards = {source["name"]: load_reward(source, state.device, args.dtype) for source in sources}
+        rewards = load_rewards(sources, state.device, args.dtype)
         score_as_fits = find_executable_batch_size(score_pieces, args.batch_size)
         score_as_fits(mine, wanted, captions, shards, rewards, args)
     state.wait_for_everyone()

@@ -175,7 +175,7 @@ def embedded(monkeypatch):
 def test_each_image_is_scored_once(labels_path, embedded, tmp_path):
     """And each caption once a batch, of whatever size."""
     shards = split_pairs(tmp_path / "shards", 20)
-    relabel(dataset_name=shards / "*.parquet", output_path=tmp_path / "labels.parquet", batch_size=7)
+    relabel(dataset_name=shards / "*.parquet", output_path=tmp_path / "labels.parquet", batch_size=24)
     pairs = pq.read_table(TINY / "pairs" / "train.parquet").to_pandas()
     images = {(uid, row.caption) for row in pairs.itertuples() for uid in (row.image_0_uid, row.image_1_uid)}
     num_damaged = len({row.image_0_uid for row in pairs.itertuples() if not decodes(row.jpg_0)})
