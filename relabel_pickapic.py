@@ -933,7 +933,8 @@ def parse_args(input_args=None):
     add("--streaming", action="store_true", help="Read a data set on the Hub in place, not downloaded first.")
     add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")
     add("--caption_column", default="caption", help="Prompt of the images.")
-    add("--key_columns", nargs="+", default=LABEL_KEYS, help="Names of image 0, image 1 and, if known, comparison.")
+    text = "What names images 0 and 1, and the comparison if known."
+    add("--key_columns", nargs="+", default=LABEL_KEYS, help=text)
     add("--human_label_column", default="label_0", help="In {0, 0.5, 1}; ties are left out. May be missing.")
     add("--scores_from", type=os.path.expanduser, help="Labels file whose raw scores to give new ranges or weights.")
 
