@@ -355,7 +355,7 @@ def check_columns(schema, args):
             raise UserError(f"--with_images adds the column {name}, which the data set has already.")
 
 
-# ---- Reward models: another kind needs a `processor.image_processor`, which workers call, a `preprocessing`, a `score`
+# ---- Reward models: another kind needs `processor.image_processor`, which workers call, `preprocessing` and `score` -
 
 
 class Reward(NamedTuple):

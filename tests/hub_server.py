@@ -6,7 +6,7 @@
 The folder `root/user/name` is the repository `user/name`. It can be read with `datasets.load_dataset` (streaming or
 not), through `hf://` paths, by ranges of bytes, and with `hf_hub_download`, and written to with `create_repo` and
 `create_commit` of new files, given any token, unless the Hub is `read_only`. A commit's hash is that of the names,
-sizes and times of the files on disk. There is one branch, `main`, and no LFS: what is uploaded comes within the commit.
+sizes and times of the files on disk. There is one branch, `main`, and no LFS: uploads come within the commit.
 """
 
 import base64
