@@ -326,7 +326,7 @@ def test_labels_of_other_data_are_refused(labels_path, tmp_path):
     labels = pq.read_table(labels_path)
     pq.write_table(labels.slice(3), tmp_path / "short.parquet")
     missing = labels["image_0_uid"][0].as_py()
-    with pytest.raises(ValueError, match=f"no label for 3 of the .* row 0 of the data set, .*{missing}"):
+    with pytest.raises(ValueError, match=f"no label for 3 of the .* first is row 0, .*{missing}"):
         train(tmp_path / "out", labels_path=tmp_path / "short.parquet")
     pq.write_table(labels.drop(["image_1_uid"]), tmp_path / "keyless.parquet")
     with pytest.raises(ValueError, match="needs the columns image_0_uid, image_1_uid and soft_label_0"):
@@ -364,14 +364,14 @@ def test_damaged_pairs_and_ties_are_left_out(tmp_path, caplog):
         ({}, {"label_column": "label_0", "caption_column": "label_1"}, "--caption_column label_1 holds no texts"),
         ({}, {"label_column": "label_0", "dataset_name": "$PAIRS"}, "--dataset_name .* cannot be loaded"),
         ({}, {"label_column": "label_0", "dataset_name": __file__}, "it is a file, and none of Parquet"),
-        ({}, {"label_column": "label_0", "pretrained_model_name_or_path": __file__}, "is a file: save a folder from"),
+        ({}, {"label_column": "label_0", "pretrained_model_name_or_path": __file__}, "is a file: `save_pretrained` of"),
         ({"mine": [0.5] * 8}, {"label_column": "mine"}, "No pair of .* is left"),
         (
             {"jpg_0": ["http://x/1.jpg"] * 8},
             {"label_column": "label_0"},
             "jpg_0 has to hold encoded images, it holds string",
         ),
-        ({"mine": [0.1] * 6 + [1.5, 0.2]}, {"label_column": "mine"}, "row 6 has 1.5"),
+        ({"mine": [0.1] * 6 + [1.5, 0.2]}, {"label_column": "mine"}, "row 6 is 1.5"),
         (
             {},
             {"label_column": "label_0", "train_batch_size": 50},
