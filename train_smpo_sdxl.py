@@ -1454,7 +1454,7 @@ up_to_1 = checked(float, lambda value: 0 <= value <= 1, "in [0, 1]")
 multiple_of_8 = checked(int, lambda value: value > 0 and value % 8 == 0, "a multiple of 8, the VAE's factor")
 
 
-def text_or_path(text):
+def nonempty(text):
     """An argparse type: a text that is not empty, with ~ for the home folder."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: is the variable set that it comes from?")
@@ -1473,20 +1473,20 @@ def parse_args(input_args=None):
     yes = {"action": "store_true"}
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, type=text_or_path, help="Base: a Hub name or a folder.")
+    add("--pretrained_model_name_or_path", required=True, type=nonempty, help="Base model: a Hub name or a folder.")
     add("--revision", help="Revision of the base model on the Hub.")
     add("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
-    add("--pretrained_unet_model_name_or_path", type=text_or_path, help="UNet to start from, say a fine-tuned one.")
-    add("--pretrained_vae_model_name_or_path", type=text_or_path, help="VAE to use, say sdxl-vae-fp16-fix.")
+    add("--pretrained_unet_model_name_or_path", type=nonempty, help="UNet to start from, say a fine-tuned one.")
+    add("--pretrained_vae_model_name_or_path", type=nonempty, help="VAE to use, say sdxl-vae-fp16-fix.")
     add("--rank", type=int_from_1, help="Train a LoRA of this rank. Default: all weights of the UNet.")
     add("--lora_alpha", type=int_from_1, help="LoRA scale numerator. Default: the rank.")
     add("--lora_layers", help=f"Comma-separated modules that get a LoRA. Default: {LORA_LAYERS}.")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", required=True, type=text_or_path, help=f"Data set: {DATASET_ACCEPTED}.")
+    add("--dataset_name", required=True, type=nonempty, help=f"Data set: {DATASET_ACCEPTED}.")
     add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
     add("--streaming", **yes, help="Read Parquet files where they lie, on a disk or on the Hub, without a copy.")
-    add("--labels_path", nargs="+", type=text_or_path, help="Labels files of relabel_pickapic.py, joined by keys.")
+    add("--labels_path", nargs="+", type=nonempty, help="Labels files of relabel_pickapic.py, joined by keys.")
     add("--label_column", default="soft_label_0", help="P(image 0 is preferred), in the labels or the data.")
     add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")
     add("--caption_column", default="caption", help="Prompt of the images.")
@@ -1545,10 +1545,10 @@ def parse_args(input_args=None):
     add("--validation_inference_steps", type=int_from_1, default=50, help="Denoising steps of validation images.")
 
     add = parser.add_argument_group("checkpoints and output").add_argument
-    add("--output_dir", required=True, type=text_or_path, help="Where checkpoints, logs and the final model go.")
+    add("--output_dir", required=True, type=nonempty, help="Where checkpoints, logs and the final model go.")
     add("--checkpointing_steps", type=int_from_1, default=50, help="Save every so many steps, and the last.")
     add("--checkpoints_total_limit", type=int_from_1, help="Keep the newest so many checkpoints.")
-    add("--resume_from_checkpoint", type=text_or_path, help='Folder to go on from, or "latest", if any.')
+    add("--resume_from_checkpoint", type=nonempty, help='Folder to go on from, or "latest", if any.')
     add("--push_to_hub", **yes, help="Upload model, card and pictures to a private repository.")
     add("--hub_public", **yes, help="Upload to a public one.")
     add("--hub_model_id", help="Repository to upload to. Default: the name of --output_dir.")

@@ -364,7 +364,11 @@ def test_damaged_pairs_and_ties_are_left_out(tmp_path, caplog):
         ({}, {"label_column": "label_0", "caption_column": "label_1"}, "--caption_column label_1 holds no texts"),
         ({}, {"label_column": "label_0", "dataset_name": "$PAIRS"}, "--dataset_name .* cannot be loaded"),
         ({}, {"label_column": "label_0", "dataset_name": __file__}, "it is a file, and none of Parquet"),
-        ({}, {"label_column": "label_0", "pretrained_model_name_or_path": __file__}, "is a file: `save_pretrained` of"),
+        (
+            {},
+            {"label_column": "label_0", "pretrained_model_name_or_path": __file__},
+            "is a file: `save_pretrained` of",
+        ),
         ({"mine": [0.5] * 8}, {"label_column": "mine"}, "No pair of .* is left"),
         (
             {"jpg_0": ["http://x/1.jpg"] * 8},
