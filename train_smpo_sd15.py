@@ -528,7 +528,7 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
 
 
 def load_network(part, network_class, args, dtype=None):
-    """A UNet or a VAE in a `dtype`, or without one only its configuration: that of --pretrained_PART_model_name_or_path
+    """A UNet or a VAE in `dtype`, or without one only its configuration: that of --pretrained_PART_model_name_or_path
     (a folder of its own, a pipeline or a checkpoint of this script), or else the base model's."""
     flag, source = f"pretrained_{part}_model_name_or_path", {}
     if getattr(args, flag) is None:
