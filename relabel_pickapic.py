@@ -168,6 +168,8 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
     """Turns a library's complaint about what a flag names into a `UserError` with the flag and what it accepts."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # of a dozen types on damaged files
         raise UserError(f"--{flag} {value} cannot be loaded: {error}\nAccepted: {accepted}.") from error
 
@@ -179,12 +181,14 @@ def image_folders(dataset_name):
     return [path.resolve() for path in (*folder, Path(datasets.config.HF_CACHE_HOME))]
 
 
-def decode_image(data, folders):
+def decode_image(data, folders, side=None):
     """An RGB image of encoded bytes, or of the `{"bytes", "path"}` that a `datasets.Image` column holds.
 
     It is turned upright by its EXIF orientation; what is transparent becomes white; 16-bit grey becomes 8-bit; of an
-    animation it is the first frame. A `ValueError` says that it is missing, empty, damaged, in another format than
-    `IMAGE_FORMATS`, larger than `MAX_PIXELS`, or a path outside of `folders`, see `image_folders`.
+    animation it is the first frame. A JPEG is decoded at a half, a quarter or an eighth of its size, which is far
+    faster, where both sides stay at least `side` pixels long. A `ValueError` says that it is missing, empty, damaged,
+    in another format than `IMAGE_FORMATS`, larger than `MAX_PIXELS`, or a path outside of `folders`, see
+    `image_folders`.
     """
     try:
         if isinstance(data, dict):
@@ -197,6 +201,8 @@ def decode_image(data, folders):
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        if side is not None:
+            image.draft(None, (side, side))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # Pillow would clip them to white
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
