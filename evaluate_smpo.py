@@ -347,8 +347,8 @@ def locate_models(args):
     sources = {"base": locate("pretrained_model_name_or_path", base, args.revision)}
     if sources["base"].kind[0] != "pipeline":
         raise UserError(
-            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Make a folder of a single"
-            " file: StableDiffusionPipeline (SDXL: StableDiffusionXLPipeline).from_single_file(FILE).save_pretrained(FOLDER)."
+            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Of a single file, make a"
+            " folder: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), of SDXL with ...XLPipeline."
         )
     for name, path in args.models.items():
         sources[name] = locate("models", path)
@@ -549,7 +549,7 @@ def kept_scores(args):
     return {key: score for path in paths for key, score in json.loads(path.read_text()).items()}
 
 
-def score_images(jobs, scorers, args):
+def score_missing(jobs, scorers, args):
     """Scores those images that have no score yet and keeps it; raises `UserError` at a score that is not finite."""
     folder, kept = Path(args.output_dir), kept_scores(args)
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without holding up the others
@@ -722,12 +722,13 @@ def parse_args(input_args=None):
     add("--guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
     add("--resolution", type=positive_int, default=512, help="Side of the square images, in pixels.")
     add("--seed", type=int, default=0, help="Seed of the first image; each further one has the next.")
-    dtypes = ["float32", "float16", "bfloat16"]
-    add("--dtype", choices=dtypes, help="Of the models. Default: float16 on an accelerator, float32 on a CPU.")
+    text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
     add("--batch_size", type=positive_int, default=16, help="Images at a time.")
 
-    add = parser.add_argument_group("reward models, each a Hub name or a folder").add_argument
-    add("--reward_model", nargs="+", default=[PICKSCORE], help="CLIP-style models, each PATH or NAME=PATH.")
+    add = parser.add_argument_group("reward model").add_argument
+    text = "CLIP-style models that score, each PATH or NAME=PATH: Hub names or folders."
+    add("--reward_model", nargs="+", default=[PICKSCORE], help=text)
     add("--aesthetic_head", **path, help="Weights of LAION's sac+logos+ava1-l14-linearMSE.pth, also a reward.")
     add("--aesthetic_clip", **path, default=AESTHETIC_CLIP, help="CLIP under --aesthetic_head.")
 
@@ -762,8 +763,10 @@ def resolve(args):
     `{checkpoint: step}`.
     """
     data, head, run = args.dataset_name, args.aesthetic_head, args.run_dir
-    steps = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(run or "").glob("checkpoint-*") if run]
-    steps = sorted(int(step[1]) for step in steps if step)
+    found = [
+        re.fullmatch(r"checkpoint-(\d+)", name) for name in (os.listdir(run) if run and Path(run).is_dir() else [])
+    ]
+    steps = sorted(int(match[1]) for match in found if match)
     checks = [
         (not math.isfinite(args.guidance_scale), f"--guidance_scale must be finite, got {args.guidance_scale}."),
         (args.seed < 0, f"--seed must not be negative, got {args.seed}."),
@@ -810,7 +813,7 @@ def main(args):
     for name in sources:
         own = [job for job in jobs[state.process_index :: state.num_processes] if job.model == name]
         draw_images(own, sources, args)
-        score_images(own, scorers, args)
+        score_missing(own, scorers, args)
     state.wait_for_everyone()
     if state.is_main_process:
         print(write_results(jobs, sources, scorers, args))
