@@ -41,6 +41,7 @@ is said of each group of prompts, too. With --run_dir every checkpoint of a run 
     images/NAME/PROMPT_IMAGE.png   the images; comparison-NAME.png has base beside tuned, from the largest gain to loss
     scores.csv                     their rewards, a line an image; scores/ keeps them, so that none is scored twice
     results.csv, .json, .md        medians, means, win rates of every model over every other, and the best checkpoint
+    --pairs_path                   the images as preference pairs, labelled by the first reward, to train on
 
 The same command, started again, draws and scores only what is not there yet. With `accelerate launch` several
 processes share the work; machines have to share the folder.
@@ -66,6 +67,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -104,6 +107,8 @@ NUM_COMPARED_PROMPTS = 12
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell, for a spreadsheet
 MERGE_TIMEOUT = timedelta(days=7)  # how long a process waits at the end for a slower one
+PICKSCORE_RANGE = [0.11543526500463486, 0.28201571106910706]  # of the cosine, of the published labels
+PAIRS_PER_GROUP = 64  # in a row group of Parquet
 ALL = "all"  # the group of all prompts
 
 
@@ -347,8 +352,8 @@ def locate_models(args):
     sources = {"base": locate("pretrained_model_name_or_path", base, args.revision)}
     if sources["base"].kind[0] != "pipeline":
         raise UserError(
-            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Of a single file, make a"
-            " folder: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), of SDXL with ...XLPipeline."
+            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Of a file, make a folder:"
+            " StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER); of SDXL with ...XLPipeline."
         )
     for name, path in args.models.items():
         sources[name] = locate("models", path)
@@ -661,13 +666,17 @@ def write_csv(path, table):
     save_text(path, safe.to_csv(index=False))
 
 
-def write_results(jobs, sources, scorers, args):
+def collect_scores(jobs, scorers, args):
+    """The table of scores.csv: a line for each job, with a column for each reward."""
+    kept = kept_scores(args)
+    of_reward = {reward: [kept[score_key(job, scorer, args)] for job in jobs] for reward, scorer in scorers.items()}
+    return pd.DataFrame(jobs).assign(**of_reward)
+
+
+def write_results(table, sources, scorers, args):
     """Writes tables and pictures, and returns the Markdown."""
-    folder, table, kept = Path(args.output_dir), pd.DataFrame(jobs), kept_scores(args)
-    for reward, scorer in scorers.items():
-        table[reward] = [kept[score_key(job, scorer, args)] for job in jobs]
+    folder, scores = Path(args.output_dir), {reward: {} for reward in scorers}
     groups = table.drop_duplicates("prompt")["group"].tolist()
-    scores = {reward: {} for reward in scorers}
     for reward, (name, rows) in itertools.product(scorers, table.groupby("model", sort=False)):
         scores[reward][name] = rows[reward].to_numpy().reshape(len(groups), -1)
     results, duels = summarise(scores, groups, args.seed)
@@ -684,6 +693,48 @@ def write_results(jobs, sources, scorers, args):
     for name in args.models:
         compare(name, table, next(iter(scores)), args).save(folder / f"comparison-{name}.png")
     return text
+
+
+# ---- Pairs to train on ----------------------------------------------------------------------------------------------
+
+
+def couple_images(table, reward, args):
+    """Couples of lines of `collect_scores`, as dicts: of each prompt the best and worst image, or all that differ."""
+    content = [hashlib.sha256((Path(args.output_dir) / image).read_bytes()).hexdigest() for image in table["image"]]
+    couples = []
+    for _, rows in table.assign(uid=content).drop_duplicates(["prompt", "uid"]).groupby("prompt", sort=False):
+        ranked = rows.sort_values(reward, ascending=False).to_dict("records")
+        ends = zip(ranked[:1], ranked[1:][-1:])
+        couples += ends if args.pairs == "best_worst" else itertools.combinations(ranked, 2)
+    return [sorted(couple, key=lambda row: row["uid"]) for couple in couples]  # which is first says nothing
+
+
+def as_pair(couple, rewards, args):
+    """A couple in Pick-a-Pic's columns, with all scores; the first reward, a cosine times 100, labels it."""
+    pair = {"caption": couple[0]["prompt"], "ranking_id": "-".join(row["uid"][:16] for row in couple)}
+    for i, row in enumerate(couple):
+        pair |= {f"jpg_{i}": (Path(args.output_dir) / row["image"]).read_bytes(), f"image_{i}_uid": row["uid"]}
+        pair |= {f"{name}_{i}": row[name] for name in ("model", "seed")}
+        pair |= {f"score_{i}_{reward}": row[reward] for reward in rewards}
+    gap, (low, high) = couple[0][rewards[0]] - couple[1][rewards[0]], args.score_range
+    soft_label = torch.tensor(gap / 100 / (high - low), dtype=torch.float64).sigmoid().item()
+    return pair | {"label_0": float(wins(gap, 0)), "label_1": float(wins(0, gap)), "soft_label_0": soft_label}
+
+
+def write_pairs(table, rewards, args):
+    """Writes --pairs_path, which the training scripts take as --dataset_name; raises `UserError` without pairs."""
+    couples = couple_images(table, rewards[0], args)
+    if not couples:
+        raise UserError(f"--pairs_path {args.pairs_path} stays unwritten: of no prompt do two images differ.")
+
+    def save(path):
+        schema = pa.Table.from_pylist([as_pair(couples[0], rewards, args)]).schema
+        with pq.ParquetWriter(path, schema) as writer:
+            for start in range(0, len(couples), PAIRS_PER_GROUP):  # so many pictures in memory at a time
+                rows = [as_pair(couple, rewards, args) for couple in couples[start : start + PAIRS_PER_GROUP]]
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+
+    save_whole(Path(args.pairs_path), save)
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -734,6 +785,10 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", **path, required=True, help="Folder for images, scores and tables.")
+    add("--pairs_path", **path, help="Also writes the images as preference pairs to train on, a Parquet file.")
+    add("--pairs", choices=["best_worst", "all"], default="best_worst", help="Which two images of a prompt to pair.")
+    ends = {"nargs": 2, "type": float, "metavar": ("MIN", "MAX"), "default": PICKSCORE_RANGE}
+    add("--score_range", **ends, help="Range of the first reward, a cosine, for soft labels. Default: PickScore's.")
 
     args = parser.parse_args(input_args)
     resolve(args)
@@ -762,24 +817,30 @@ def resolve(args):
     --models, with the checkpoints of --run_dir, and --reward_model become `{name: path}`; `args.steps` is
     `{checkpoint: step}`.
     """
-    data, head, run = args.dataset_name, args.aesthetic_head, args.run_dir
-    found = [
-        re.fullmatch(r"checkpoint-(\d+)", name) for name in (os.listdir(run) if run and Path(run).is_dir() else [])
-    ]
-    steps = sorted(int(match[1]) for match in found if match)
+    data, head, run, pairs = args.dataset_name, args.aesthetic_head, args.run_dir, args.pairs_path
+    names = os.listdir(run) if run and os.path.isdir(run) else []
+    steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
+    base_alone, (low, high) = not args.models and run is None, args.score_range
     checks = [
         (not math.isfinite(args.guidance_scale), f"--guidance_scale must be finite, got {args.guidance_scale}."),
         (args.seed < 0, f"--seed must not be negative, got {args.seed}."),
         (args.resolution % 8, f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}."),
         (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file: name a folder."),
-        (not args.models and run is None, "Give tuned models with --models, or a run with --run_dir."),
-        (run is not None and not steps, f"--run_dir {run} has no folders named checkpoint-STEP."),
+        (base_alone and not pairs, "Give tuned models with --models, or a run with --run_dir."),
+        (run and not steps, f"--run_dir {run} has no folders named checkpoint-STEP."),
+        (
+            pairs and base_alone and args.num_images_per_prompt < 2,
+            "--pairs_path needs two images of a prompt: give --num_images_per_prompt 2 or more, or --models.",
+        ),
+        (pairs and not pairs.endswith(".parquet"), f"--pairs_path {pairs} must end in .parquet."),
+        (pairs and not Path(pairs).parent.is_dir(), f"--pairs_path {pairs} lies in a folder that does not exist."),
+        (not low < high, f"--score_range must be a MIN and a larger MAX, got {low} {high}."),
         ((args.prompts_path is None) == (data is None), "Give one of --prompts_path and --dataset_name."),
         (
-            data is not None and Path(data).is_file() and not data.endswith(".parquet"),
+            data and Path(data).is_file() and not data.endswith(".parquet"),
             f"--dataset_name {data} is a file: give it to --prompts_path.",
         ),
-        (head is not None and not Path(head).is_file(), f"--aesthetic_head {head} is not a file."),
+        (head and not Path(head).is_file(), f"--aesthetic_head {head} is not a file."),
     ]
     for path in args.prompts_path or []:
         wrong = not Path(path).is_file() or Path(path).suffix not in PROMPT_FILES
@@ -816,7 +877,10 @@ def main(args):
         score_missing(own, scorers, args)
     state.wait_for_everyone()
     if state.is_main_process:
-        print(write_results(jobs, sources, scorers, args))
+        table = collect_scores(jobs, scorers, args)
+        print(write_results(table, sources, scorers, args))
+        if args.pairs_path is not None:
+            write_pairs(table, list(scorers), args)
         print(f"\nImages, scores and pictures are in {args.output_dir}.")
 
 

@@ -1,6 +1,7 @@
 """evaluate_smpo.py on the tiny models: what it draws, scores and says, what it keeps, and whom it refuses."""
 
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -591,6 +592,10 @@ def test_a_comparison_is_of_thumbnails():
         ({"reward_model": "no/such"}, "--reward_model no/such cannot be loaded"),
         ({"caption_column": "text"}, "--caption_column text"),
         ({"guidance_scale": math.inf}, "--guidance_scale must be finite, got inf"),
+        ({"pairs_path": "x.parquet", "models": None}, "--pairs_path needs two images of a prompt: give --num_images"),
+        ({"pairs_path": "pairs.csv"}, "--pairs_path pairs.csv must end in .parquet"),
+        ({"pairs_path": "/no/pairs.parquet"}, "--pairs_path /no/pairs.parquet lies in a folder that does not exist"),
+        ({"score_range": [1, 0]}, "--score_range must be a MIN and a larger MAX, got 1.0 0.0"),
         ({"seed": -1}, "--seed must not be negative, got -1"),
         ({"reward_model": TINY / "sd15" / "text_encoder"}, "not a CLIP-style model"),
     ],
@@ -598,3 +603,49 @@ def test_a_comparison_is_of_thumbnails():
 def test_bad_input_is_named(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
         evaluate(tmp_path, **flags)
+
+
+# Pairs
+
+
+def test_pairs_are_what_training_takes(damaged, tmp_path):
+    """Two models, two images a prompt, two rewards, all pairs: columns, labels in closed form, and two steps on them."""
+    pairs = tmp_path / "pairs.parquet"
+    rewards = [TINY / "pickscore", f"other={TINY / 'pickscore'}"]
+    flags = {"models": f"damaged={damaged}", "num_images_per_prompt": 2, "pairs_path": pairs, "reward_model": rewards}
+    evaluate(tmp_path / "out", **flags, pairs="all", score_range=[-0.5, 0.5])
+    rows, scores = pq.read_table(pairs).to_pylist(), read_table(tmp_path / "out" / "scores.csv")
+    score_of = {(row["prompt"], row["model"], row["seed"]): float(row["pickscore"]) for row in scores}
+    file_of = {(row["prompt"], row["model"], row["seed"]): tmp_path / "out" / row["image"] for row in scores}
+    assert len(rows) == 3 * 6 == len({row["ranking_id"] for row in rows})  # 4 choose 2
+    for row in rows:
+        keys = [(row["caption"], row[f"model_{i}"], str(row[f"seed_{i}"])) for i in (0, 1)]
+        first, second = (score_of[key] for key in keys)
+        assert (row["score_0_pickscore"], row["score_1_pickscore"], row["score_0_other"]) == (first, second, first)
+        assert row["soft_label_0"] == pytest.approx(1 / (1 + math.exp((second - first) / 100)), rel=1e-12)
+        assert (row["label_0"], row["label_1"]) == (float(first > second), float(second > first))
+        assert [row["jpg_0"], row["jpg_1"]] == [file_of[key].read_bytes() for key in keys]
+        assert [row["image_0_uid"], row["image_1_uid"]] == [
+            hashlib.sha256(row[name]).hexdigest() for name in ("jpg_0", "jpg_1")
+        ]
+    assert 0 < sum(row["label_0"] for row in rows) < 18  # the order says nothing
+    assert len(train(tmp_path / "trained", dataset_name=pairs, noising="forward", rank=2)["loss"]) == 2
+
+    evaluate(tmp_path / "out", **flags)
+    again = pq.read_table(pairs).to_pylist()
+    assert [row["caption"] for row in again] == list(dict.fromkeys(row["caption"] for row in rows))
+    for row in again:
+        of_prompt = [score for (prompt, *_), score in score_of.items() if prompt == row["caption"]]
+        assert {row["score_0_pickscore"], row["score_1_pickscore"]} == {min(of_prompt), max(of_prompt)}
+        gap = row["score_0_pickscore"] - row["score_1_pickscore"]
+        published = 0.28201571106910706 - 0.11543526500463486
+        assert row["soft_label_0"] == pytest.approx(1 / (1 + math.exp(-gap / 100 / published)), rel=1e-9)
+
+
+def test_pairs_of_the_base_alone_and_of_images_that_do_not_differ(tmp_path):
+    pairs = tmp_path / "pairs.parquet"
+    assert list(evaluate(tmp_path / "out", models=None, num_images_per_prompt=2, pairs_path=pairs)) == ["base"]
+    assert len(pq.read_table(pairs)) == 3
+    with pytest.raises(UserError, match="--pairs_path .*stays unwritten: of no prompt do two images differ"):
+        evaluate(tmp_path / "same", pairs_path=tmp_path / "none.parquet")
+    assert not (tmp_path / "none.parquet").exists() and (tmp_path / "same" / "results.md").is_file()
