@@ -39,6 +39,7 @@ other CLIP-style models. Intervals are of 95 % and over prompts, as the images o
 is said of each group of prompts, too. With --run_dir every checkpoint of a run is a model, and the best is named.
 
     images/NAME/PROMPT_IMAGE.png   the images; comparison-NAME.png has base beside tuned, from the largest gain to loss
+    gallery.html                   all of them with their scores, to be sorted and filtered in a browser
     scores.csv                     their rewards, a line an image; scores/ keeps them, so that none is scored twice
     results.csv, .json, .md        medians, means, win rates of every model over every other, and the best checkpoint
     --pairs_path                   the images as preference pairs, labelled by the first reward, to train on
@@ -65,6 +66,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -352,8 +354,8 @@ def locate_models(args):
     sources = {"base": locate("pretrained_model_name_or_path", base, args.revision)}
     if sources["base"].kind[0] != "pipeline":
         raise UserError(
-            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Of a file, make a folder:"
-            " StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER); of SDXL with ...XLPipeline."
+            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Of a single file make"
+            " a folder: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), or ...XLPipeline."
         )
     for name, path in args.models.items():
         sources[name] = locate("models", path)
@@ -695,6 +697,61 @@ def write_results(table, sources, scorers, args):
     return text
 
 
+# ---- Pages to look at -----------------------------------------------------------------------------------------------
+
+GALLERY = """<!doctype html>
+<meta charset="utf-8">
+<title>Gallery</title>
+<style>
+body { font: 14px sans-serif } td, th { border-top: 1px solid #ccc; text-align: left; vertical-align: top }
+td:first-child { width: 16em; overflow-wrap: anywhere }
+figure { display: inline-block; margin: 4px } img { display: block; height: 192px }
+</style>
+<p><input id="text" placeholder="words of the prompt">
+<select id="group"><option value="">all groups
+{% for group in groups %}<option value="{{ group }}">{{ group }}{% endfor %}</select>
+<select id="order"><option value="">as given
+{% for name in gains %}<option value="{{ loop.index0 }}">by gain of {{ name }}{% endfor %}</select>
+<span id="count"></span> prompts; ★ has the highest score at the seed</p>
+<table><thead><tr><th>prompt{% for model in models %}<th>{{ model }}{% endfor %}</thead><tbody>
+{% for row in rows %}<tr data-group="{{ row.group }}" data-gains="{{ row.gains | tojson }}"><td>{{ row.prompt }}
+{% for model in models %}<td>{% for image in row.images[model] %}
+<figure><a href="{{ image.image }}"><img loading="lazy" src="{{ image.image }}" alt="{{ model }}"></a>
+{% for reward in rewards %}<div>{{ reward }} {{ "%.3f" | format(image[reward]) }}
+{{ "★" if image[reward] == image.best[reward] }}</div>{% endfor %}</figure>
+{% endfor %}{% endfor %}{% endfor %}</table>
+<script>
+const [text, group, order, count] = ["text", "group", "order", "count"].map(id => document.getElementById(id))
+const body = document.querySelector("tbody"), rows = [...body.rows]
+const gain = row => order.value && JSON.parse(row.dataset.gains)[order.value]
+const fits = row => (!group.value || row.dataset.group === group.value) &&
+  row.cells[0].textContent.toLowerCase().includes(text.value.toLowerCase())
+document.oninput = () => {
+  body.replaceChildren(...rows.filter(fits).sort((a, b) => gain(b) - gain(a)))
+  count.textContent = body.rows.length
+}
+document.oninput()
+</script>
+"""
+
+
+def write_gallery(table, rewards, args):
+    """Writes gallery.html: prompts down, models across, every image with its scores, to be sorted and filtered."""
+    models, rows = table["model"].unique(), []
+    best = table.groupby(["prompt", "seed"])[rewards].transform("max").to_dict("records")
+    means = {model: of_model.groupby("prompt")[rewards].mean() for model, of_model in table.groupby("model")}
+    gains = {
+        f"{model} by {reward}": (means[model] - means["base"])[reward] for model in models[1:] for reward in rewards
+    }
+    for (prompt, group), images in table.assign(best=best).groupby(["prompt", "group"], sort=False, dropna=False):
+        images = {model: of_model.to_dict("records") for model, of_model in images.groupby("model")}
+        of_prompt = [float(gain[prompt]) for gain in gains.values()]
+        rows.append({"prompt": prompt, "group": group, "gains": of_prompt, "images": images})
+    groups, template = table["group"].dropna().unique(), jinja2.Environment(autoescape=True).from_string(GALLERY)
+    page = template.render(models=models, rewards=rewards, rows=rows, groups=groups, gains=gains)
+    save_text(Path(args.output_dir) / "gallery.html", page)
+
+
 # ---- Pairs to train on ----------------------------------------------------------------------------------------------
 
 
@@ -851,7 +908,9 @@ def resolve(args):
     problems = [sentence for wrong, sentence in checks if wrong]
     args.steps = {f"checkpoint-{step}": step for step in steps}
     args.models = named_sources(args.models, "models", ["base", *args.steps], problems)
-    args.reward_model = named_sources(args.reward_model, "reward_model", ["aesthetic", *Job._fields], problems)
+    args.reward_model = named_sources(
+        args.reward_model, "reward_model", ["aesthetic", "best", "uid", *Job._fields], problems
+    )
     if problems:
         raise UserError("\n".join(problems))
     args.models = {name: os.path.expanduser(path) for name, path in args.models.items()}
@@ -879,9 +938,10 @@ def main(args):
     if state.is_main_process:
         table = collect_scores(jobs, scorers, args)
         print(write_results(table, sources, scorers, args))
+        write_gallery(table, list(scorers), args)
         if args.pairs_path is not None:
             write_pairs(table, list(scorers), args)
-        print(f"\nImages, scores and pictures are in {args.output_dir}.")
+        print(f"\nImages, scores and pictures are in {args.output_dir}: look at its gallery.html.")
 
 
 if __name__ == "__main__":

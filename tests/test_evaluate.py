@@ -1,5 +1,6 @@
 """evaluate_smpo.py on the tiny models: what it draws, scores and says, what it keeps, and whom it refuses."""
 
+import argparse
 import csv
 import hashlib
 import itertools
@@ -9,10 +10,12 @@ import runpy
 import shutil
 import sys
 import time
+from html.parser import HTMLParser
 
 import hub_server
 import huggingface_hub
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -398,6 +401,60 @@ def test_tables_are_safe_to_open(damaged, tmp_path):
     assert cells[:2] == [("'=1+1", rows[0]["kind"]), ("'-2", "'@b")]
 
 
+class Tags(HTMLParser):
+    """The tags of a page, each with its attributes and the text after it."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append([tag, dict(attributes), ""])
+
+    def handle_data(self, data):
+        if self.found:
+            self.found[-1][2] += data
+
+    def of(self, tag):
+        return [(attributes, text.strip()) for name, attributes, text in self.found if name == tag]
+
+
+def test_gallery(damaged, tmp_path):
+    """What it shows of whom; nothing of a prompt or group becomes a tag; gains are those of the table."""
+    evil = '</td><script>alert(1)</script>"'
+    rows = [{"caption": evil, "kind": '"><img src=x>'}, {"caption": "a red circle", "kind": "b"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = {"group_column": "kind", "prompts_path": tmp_path / "rows.json", "num_images_per_prompt": 2}
+    results = evaluate(tmp_path / "out", models=[SAME, f"damaged={damaged}"], **flags)
+    tags = Tags((tmp_path / "out" / "gallery.html").read_text())
+    assert len(tags.of("script")) == 1 and len(tags.of("img")) == len(tags.of("a")) == 3 * 2 * 2
+    scores = read_table(tmp_path / "out" / "scores.csv")
+    score_of = {row["image"]: float(row["pickscore"]) for row in scores}
+    assert {attributes["src"] for attributes, _ in tags.of("img")} == score_of.keys()
+    assert all(attributes["loading"] == "lazy" for attributes, _ in tags.of("img"))
+    assert [text for _, text in tags.of("option")][:3] == ["all groups", rows[0]["kind"], "b"]
+    prompts = [text for _, text in tags.of("td") if text]
+    assert prompts == [evil, "a red circle"] and [text for _, text in tags.of("th")] == ["prompt", *results]
+    for (attributes, _), (_, text) in zip(tags.of("img"), tags.of("div")):
+        *others, score = sorted(score_of[path] for path in score_of if path[-11:] == attributes["src"][-11:])
+        own = score_of[attributes["src"]]
+        assert text.split() == ["pickscore", f"{own:.3f}", *["★"] * (own == score)]
+    gains = np.array([json.loads(attributes["data-gains"]) for attributes, _ in tags.of("tr")[1:]])
+    less_base = [results[name]["mean"] - results["base"]["mean"] for name in ("same", "damaged")]
+    assert gains.mean(axis=0) == pytest.approx(less_base)
+
+
+def test_a_gallery_of_many_prompts_does_not_take_long(tmp_path):
+    jobs = [
+        (name, f"prompt {i}", "ab"[i % 2], seed, f"images/{name}/{i:05d}_{seed}.png", float(i))
+        for name, i, seed in itertools.product(("base", "one", "two"), range(2000), (0, 1))
+    ]
+    table, start = pd.DataFrame(jobs, columns=[*evaluate_smpo.Job._fields, "pick"]), time.monotonic()
+    evaluate_smpo.write_gallery(table, ["pick"], argparse.Namespace(output_dir=tmp_path))
+    assert (tmp_path / "gallery.html").stat().st_size < 5e6 and time.monotonic() - start < 60
+
+
 def test_a_score_that_is_no_number_is_refused(tmp_path):
     reward = shutil.copytree(TINY / "pickscore", tmp_path / "reward")
     weights = load_file(reward / "model.safetensors")
@@ -609,7 +666,7 @@ def test_bad_input_is_named(flags, message, tmp_path):
 
 
 def test_pairs_are_what_training_takes(damaged, tmp_path):
-    """Two models, two images a prompt, two rewards, all pairs: columns, labels in closed form, and two steps on them."""
+    """Two models, two images a prompt, two rewards: columns, labels in closed form, and two steps on them."""
     pairs = tmp_path / "pairs.parquet"
     rewards = [TINY / "pickscore", f"other={TINY / 'pickscore'}"]
     flags = {"models": f"damaged={damaged}", "num_images_per_prompt": 2, "pairs_path": pairs, "reward_model": rewards}
