@@ -172,6 +172,10 @@ def win_rate_on_other_half(rates, seed):
     return float(on_other_half[np.arange(NUM_HALVES), (half @ rates).argmax(axis=1)].mean())
 
 
+def with_interval(name, value, ends):
+    return {name: float(value), f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
+
+
 def summarise(scores, groups, seed):
     """Medians and means of every model, and its win rates over every other one.
 
@@ -185,10 +189,6 @@ def summarise(scores, groups, seed):
         `reward`, `group`, `model`, `opponent`, `win_rate` and `tie_rate`; the groups are `ALL` and, of several, each.
         Medians, their differences and win rates have intervals, from `..._low` to `..._high`.
     """
-
-    def with_interval(name, value, ends):
-        return {name: float(value), f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
-
     groups, results, duels = np.array(groups, dtype=object), [], []
     names = [group for group in dict.fromkeys(groups) if group not in (None, ALL)]
     chosen = {ALL: slice(None)} | {name: groups == name for name in names if len(names) > 1}  # a single group is all
@@ -198,17 +198,21 @@ def summarise(scores, groups, seed):
         counts = resample_prompts(num_prompts, seed)
         resampled = {model: resampled_medians(of_image, counts) for model, of_image in values.items()}
         for model, of_image in values.items():
-            row = {"reward": reward, "group": group, "model": model, "num_prompts": num_prompts}
-            row |= {"mean": float(of_image.mean())}
+            row = {
+                "reward": reward,
+                "group": group,
+                "model": model,
+                "num_prompts": num_prompts,
+                "mean": of_image.mean(),
+            }
             row |= with_interval("median", np.median(of_image), np.quantile(resampled[model], ENDS))
             less, ends = np.median(of_image) - np.median(values[base]), resampled[model] - resampled[base]
             results.append(row | with_interval("median_less_base", less, np.quantile(ends, ENDS)))
         for model, opponent in itertools.permutations(values, 2):
             won = wins(values[model], values[opponent])
             row = {"reward": reward, "group": group, "model": model, "opponent": opponent}
-            row |= {"tie_rate": float((won == 0.5).mean())}
-            rates = won.mean(axis=1)  # [P]
-            duels.append(row | with_interval("win_rate", rates.mean(), win_interval(rates, counts)))
+            ends = win_interval(won.mean(axis=1), counts)
+            duels.append(row | with_interval("win_rate", won.mean(), ends) | {"tie_rate": (won == 0.5).mean()})
     return results, duels
 
 
@@ -451,7 +455,7 @@ def draw_images(jobs, sources, args):
         return
     name = missing[0].model
     pipeline = load_pipeline(sources[name], sources["base"], PartialState().device, args)
-    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
     options |= {"height": args.resolution, "width": args.resolution}
     (folder / "images" / name).mkdir(parents=True, exist_ok=True)
     for batch in batches(missing, f"Images of {name}", args):
@@ -606,10 +610,8 @@ def compare(name, table, reward, args):
     base, tuned = of_prompt.loc["base"], of_prompt.loc[name]
     gaps = (tuned[reward] - base[reward]).sort_values(ascending=False, kind="stable")
     chosen = gaps.iloc[np.linspace(0, len(gaps) - 1, min(NUM_COMPARED_PROMPTS, len(gaps))).round().astype(int)]
-    images = [
-        [[Image.open(Path(args.output_dir) / image) for image in some] for some in rows.loc[chosen.index, "image"]]
-        for rows in (base, tuned)
-    ]
+    of_model = [rows.loc[chosen.index, "image"] for rows in (base, tuned)]
+    images = [[[Image.open(Path(args.output_dir) / path) for path in paths] for paths in rows] for rows in of_model]
     return side_by_side(*images, [f"{prompt} ({gap:+.2f})" for prompt, gap in chosen.items()])
 
 
@@ -627,21 +629,18 @@ def as_markdown(results, duels):
     """What `summarise` returns as Markdown, a table for each reward and group."""
     lines, base = [], results[0]["model"]
     over_base = {(row["reward"], row["group"], row["model"]): row for row in duels if row["opponent"] == base}
-    for (reward, group), rows in itertools.groupby(results, lambda row: (row["reward"], row["group"])):
-        table = [
-            "| model | median score | less the base's | mean score | win rate over base | ties |",
-            "|---" * 6 + "|",
-        ]
-        for row in rows:
-            cells = [row["model"], with_ends(row, "median", ".3f"), "", f"{row['mean']:.3f}", "", ""]
-            if duel := over_base.get((reward, group, row["model"])):
-                cells[2] = with_ends(row, "median_less_base", "+.3f")
-                cells[4:] = [with_ends(duel, "win_rate", ".1%"), f"{duel['tie_rate']:.1%}"]
-            table.append(f"| {' | '.join(cells)} |")
-        few = ", too few prompts for an interval to mean much" * (row["num_prompts"] < FEW_PROMPTS)
-        title = f"**{reward}**, {escape_markdown(group)} prompts ({row['num_prompts']}{few}), 95 % intervals"
-        lines += [title, "", *table, ""]
-    return "\n".join(lines)
+    for row in results:
+        if row["model"] == base:  # the first of its group
+            few = ", too few prompts for an interval to mean much" * (row["num_prompts"] < FEW_PROMPTS)
+            title = f"**{row['reward']}**, {escape_markdown(row['group'])} prompts ({row['num_prompts']}{few})"
+            header = "| model | median score | less the base's | mean score | win rate over base | ties |"
+            lines += ["", f"{title}, 95 % intervals", "", header, "|---" * 6 + "|"]
+        cells = [row["model"], with_ends(row, "median", ".3f"), "", f"{row['mean']:.3f}", "", ""]
+        if duel := over_base.get((row["reward"], row["group"], row["model"])):
+            cells[2] = with_ends(row, "median_less_base", "+.3f")
+            cells[4:] = [with_ends(duel, "win_rate", ".1%"), f"{duel['tie_rate']:.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines[1:]) + "\n"
 
 
 def name_best(scores, duels, args):
@@ -791,6 +790,7 @@ def write_pairs(table, rewards, args):
                 rows = [as_pair(couple, rewards, args) for couple in couples[start : start + PAIRS_PER_GROUP]]
                 writer.write_table(pa.Table.from_pylist(rows, schema))
 
+    Path(args.pairs_path).parent.mkdir(parents=True, exist_ok=True)
     save_whole(Path(args.pairs_path), save)
 
 
@@ -874,7 +874,7 @@ def resolve(args):
     --models, with the checkpoints of --run_dir, and --reward_model become `{name: path}`; `args.steps` is
     `{checkpoint: step}`.
     """
-    data, head, run, pairs = args.dataset_name, args.aesthetic_head, args.run_dir, args.pairs_path
+    data, run, pairs = args.dataset_name, args.run_dir, args.pairs_path
     names = os.listdir(run) if run and os.path.isdir(run) else []
     steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
     base_alone, (low, high) = not args.models and run is None, args.score_range
@@ -890,14 +890,12 @@ def resolve(args):
             "--pairs_path needs two images of a prompt: give --num_images_per_prompt 2 or more, or --models.",
         ),
         (pairs and not pairs.endswith(".parquet"), f"--pairs_path {pairs} must end in .parquet."),
-        (pairs and not Path(pairs).parent.is_dir(), f"--pairs_path {pairs} lies in a folder that does not exist."),
         (not low < high, f"--score_range must be a MIN and a larger MAX, got {low} {high}."),
         ((args.prompts_path is None) == (data is None), "Give one of --prompts_path and --dataset_name."),
         (
             data and Path(data).is_file() and not data.endswith(".parquet"),
             f"--dataset_name {data} is a file: give it to --prompts_path.",
         ),
-        (head and not Path(head).is_file(), f"--aesthetic_head {head} is not a file."),
     ]
     for path in args.prompts_path or []:
         wrong = not Path(path).is_file() or Path(path).suffix not in PROMPT_FILES
