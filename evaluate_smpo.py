@@ -24,7 +24,6 @@
 #     "peft>=0.17.0",
 #     "pyarrow>=17.0",
 #     "pillow>=10.1",
-#     "pandas",
 # ]
 # ///
 """Says whether a tuned model wins: medians and win rates of base against tuned, under one or several reward models.
