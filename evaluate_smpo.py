@@ -536,9 +536,7 @@ def load_scorers(device, args):
     scorers = {name: load_scorer("reward_model", path, device, args) for name, path in args.reward_model.items()}
     path = args.aesthetic_head
     if path is not None:
-        with explain_errors(
-            "aesthetic_head", path, f"weights and biases of {', '.join(AESTHETIC_LAYERS)}, by PyTorch"
-        ):
+        with explain_errors("aesthetic_head", path, f"weights and biases of {', '.join(AESTHETIC_LAYERS)}"):
             weights = torch.load(path, device, weights_only=True)
             head = [[weights[f"{layer}.{part}"].float() for part in ("weight", "bias")] for layer in AESTHETIC_LAYERS]
         scorer = load_scorer("aesthetic_clip", args.aesthetic_clip, device, args)
@@ -933,6 +931,7 @@ def main(args):
         score_missing(own, scorers, args)
     state.wait_for_everyone()
     if state.is_main_process:
+        score_missing(jobs, scorers, args)  # what a file of another machine does not show yet
         table = collect_scores(jobs, scorers, args)
         print(write_results(table, sources, scorers, args))
         write_gallery(table, list(scorers), args)
