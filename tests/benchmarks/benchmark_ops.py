@@ -24,7 +24,8 @@ import itertools
 import re
 import sys
 from collections import Counter, defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -103,6 +104,16 @@ class CudaAutocast(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def within(make_context, function):
+    """The function, called within a new context."""
+
+    def wrapper(*args, **kwargs):
+        with make_context():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
 def flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
 
@@ -114,15 +125,11 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.counts, self.phases, self.shapes = defaultdict(Counter), ["optimiser"], {w.shape for w in weights}
 
-    def within(self, phase, function):
-        def wrapper(*args, **kwargs):
-            self.phases.append(phase)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.phases.pop()
-
-        return wrapper
+    @contextmanager
+    def phase(self, name):
+        self.phases.append(name)
+        yield
+        self.phases.pop()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, counts, name = kwargs or {}, self.counts[self.phases[-1]], str(function)
@@ -153,7 +160,7 @@ class Operations(TorchDispatchMode):
             read = written if GATHERS.match(name) else [] if FILLS.match(name) else inputs
             megabytes = (sum(map(bytes_of, read)) + sum(map(bytes_of, written))) / 1e6
             counts["MB moved"] += megabytes
-            if CASTS.match(name) and written[0].shape in self.shapes:
+            if CASTS.match(name) and written[0].shape in self.shapes and self.phases[-1] != "optimiser":
                 counts["MB of weights"] += megabytes
         return output
 
@@ -210,9 +217,9 @@ def count(kind, resolution, flags, pairs=PAIRS):
         for supported in SUPPORTED:
             stack.enter_context(mock.patch(supported, lambda: ["meta"]))
         for name, phase in phases.items():
-            counted = operations.within(phase, getattr(script, name))
+            counted = within(partial(operations.phase, phase), getattr(script, name))
             stack.enter_context(mock.patch.object(script, name, counted))
-        backward = operations.within("policy", accelerator.backward)
+        backward = within(partial(operations.phase, "policy"), accelerator.backward)
         stack.enter_context(mock.patch.object(accelerator, "backward", backward))
         optimizer = accelerator.prepare(script.make_optimizer(parameters, 1e-5, args))
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer.optimizer, factor=1.0)
@@ -221,11 +228,26 @@ def count(kind, resolution, flags, pairs=PAIRS):
         optimizer.step()  # which makes its state
         stack.enter_context(operations)
         stack.enter_context(CudaAutocast())
+        # Functions that PyTorch's own call are not seen; what checkpointing computes again has to be.
+        engine = torch.autograd._engine_run_backward
+        stack.enter_context(mock.patch("torch.autograd._engine_run_backward", within(CudaAutocast, engine)))
         next(script.optimiser_steps(accelerator, batches, optimizer, scheduler, script.Progress(), [], context))
     for phase, counts in operations.counts.items():
         for name in counts:
             counts[name] /= PAIRS_A_STEP if phase == "optimiser" else pairs
     return operations.counts
+
+
+def by_batch_size(kind, resolution, flags, batch_sizes):
+    """For each number of pairs a micro-batch, `{phase: Counter}` for each pair."""
+    whole = count(kind, resolution, [*flags, "--train_batch_size", str(PAIRS)])
+    for size in batch_sizes:
+        # Pairs are inverted together whatever the micro-batch is, and micro-batches are alike: one will do.
+        one = ["--noising", "ddim", "--num_inversion_steps", "1", "--train_batch_size", str(size)]
+        alone = whole if size == PAIRS else count(kind, resolution, [*flags, *one], pairs=size)
+        copies = {"copies": whole["reference"]["copies"]}
+        counts = {**whole, "policy": alone["policy"], "reference": Counter({**alone["reference"], **copies})}
+        yield size, {**counts, "all": sum(counts.values(), Counter())}
 
 
 def main(input_args=None):
@@ -235,10 +257,7 @@ def main(input_args=None):
     args = parser.parse_args(input_args)
     print(f"| a pair of | pairs a micro-batch | phase | {' | '.join(COLUMNS)} |\n" + "|---" * 8 + "|")
     for case in args.cases:
-        kind, resolution, flags = CASES[case]
-        for size in args.batch_sizes:
-            counts = count(kind, resolution, [*flags, "--train_batch_size", str(size)])
-            counts["all"] = sum(counts.values(), Counter())
+        for size, counts in by_batch_size(*CASES[case], args.batch_sizes):
             for phase in [*PHASES, "all"]:
                 numbers = [counts[phase][name] for name in COLUMNS]
                 cells = [f"{number:,.0f}" if number >= 10 or not number else f"{number:.2f}" for number in numbers]
