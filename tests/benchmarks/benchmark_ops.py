@@ -177,8 +177,9 @@ def make_models(kind, script, args):
     makers = {"unet": make_unet, "vae": make_vae}
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer")
 
-    def network(part, *_):
-        return SimpleNamespace(config=makers[part](kind).config, load=lambda dtype: makers[part](kind).to(dtype))
+    def load_network(part, network_class, args, dtype=None):
+        network = makers[part](kind)
+        return network.config if dtype is None else torch.nn.Module.to(network, dtype)
 
     encoders = {
         part: SimpleNamespace(from_pretrained=lambda *_, encoder=encoder, **__: encoder)
@@ -186,7 +187,7 @@ def make_models(kind, script, args):
     }
     with (
         torch.device("meta"),
-        mock.patch.object(script, "Network", network),
+        mock.patch.object(script, "load_network", load_network),
         mock.patch.dict(script.TEXT_ENCODERS, encoders),
         mock.patch.object(script.CLIPTokenizer, "from_pretrained", lambda *_, **__: tokenizer),
     ):
