@@ -38,7 +38,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not CUDA and not os.environ.get("TINY"), reason="needs a GPU, or TINY=1"),
 ]
-needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +126,7 @@ def test_what_saves_memory_trains_alike(run, precision, flag, tmp_path):
     assert np.isfinite(saving["loss"]).all()
 
 
-@needs_cuda
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
 def test_fsdp_on_one_gpu_trains_as_without(tmp_path, labels_path, monkeypatch):
     flags = {"labels_path": labels_path, "mixed_precision": "bf16", "beta_dpo": 20, "learning_rate": 1e-6}
     single = train(tmp_path / "single", **flags)
@@ -142,7 +141,6 @@ def test_fsdp_on_one_gpu_trains_as_without(tmp_path, labels_path, monkeypatch):
         np.testing.assert_allclose(sharded[metric][0], single[metric][0], rtol=0.05, err_msg=metric)
 
 
-@needs_cuda
 def test_a_vae_that_overflows_in_fp16_is_kept_in_fp32(tmp_path, labels_path, monkeypatch):
     """SDXL's own does, and its configuration says so."""
     vae = make_vae("tiny-sdxl")
@@ -151,12 +149,16 @@ def test_a_vae_that_overflows_in_fp16_is_kept_in_fp32(tmp_path, labels_path, mon
     vae.register_to_config(force_upcast=True)
     monkeypatch.setattr("random_models.make_vae", lambda kind: vae)
     write_pipeline(tmp_path / "model", "tiny-sdxl", torch.float32)
-    flags = {"labels_path": labels_path, "mixed_precision": "fp16", "optimizer": "adamw"}
+    flags = {"labels_path": labels_path, "mixed_precision": PRECISIONS[0], "optimizer": "adamw"}
     flags["pretrained_model_name_or_path"] = tmp_path / "model"
     logs = train(tmp_path / "run", train_smpo_sdxl, **flags)
     assert logs["loss"][0] == pytest.approx(math.log(2), abs=1e-6) and 0.1 < logs["std_tau"][0] < 10
     pixels = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
-    assert not train_smpo_sdxl.encode_images(pixels, vae.to("cuda", torch.float16), [0]).isfinite().any()
+    assert (
+        not train_smpo_sdxl.encode_images(pixels, vae.to("cuda" if CUDA else "cpu", torch.float16), [0])
+        .isfinite()
+        .any()
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

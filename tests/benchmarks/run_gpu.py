@@ -25,41 +25,34 @@ from benchmark_memory import CASES as MEMORY_CASES
 
 
 ROOT = Path(__file__).parent.parent.parent
+WORK = Path(tempfile.gettempdir()) / "smpo-gpu"  # large files
 PIECE_SECONDS = 530
 PACKAGES = "torch diffusers transformers accelerate peft datasets bitsandbytes".split()
 KEPT = 20_000  # characters of a piece's output
+TESTS = ["starts and full", "starts and lora", "memory", "not starts and not memory"]
 
 
 def pieces(tiny, folder):
-    """`{name: command}`, what matters most first. `folder` is for what a later piece needs of an earlier one."""
-    run = {"benchmark": "tests/benchmarks/benchmark_{}.py", "ablation": "tests/ablation/run_ablation.py"}
-    pytest = ["-m", "pytest", "tests/test_gpu.py", "-n", "0", "-m", "gpu", "--tb=short", "-k"]
-    commands = {}
-    for words in (
-        "training and full",
-        "training and lora",
-        "memory",
-        "not (training and (full or lora)) and not memory",
-    ):
-        commands[f"tests: {words}"] = [*pytest, words]
-
-    def benchmark(name, *command):
-        return [run["benchmark"].format(name), *command]
-
-    sizes = ["--batch_sizes", "1", "2", "--num_pairs", "2"] if tiny else []
+    """`{name: command}`, what matters most first."""
+    benchmarks, ablation = Path("tests/benchmarks"), Path("tests/ablation/run_ablation.py")
+    pytest = ["-m", "pytest", "tests/test_gpu.py", "-n", "0", "-m", "gpu", "-k"]
+    commands = {f"tests: {words}": [*pytest, words] for words in TESTS}
+    few = "--batch_sizes 1 2 --num_pairs 2".split() if tiny else []
     for case in ["tiny-full"] if tiny else ["sd15-full", "sdxl-lora", "sdxl-full", "sd15-lora"]:
-        training = ["--cases", case, *sizes, "--time_limit", "400", "--output_dir", folder / case]
-        commands[f"speed: {case}"] = benchmark("training", *training)
-    large = "--model clip-h --size 768 --num_pairs 4096".split()
-    commands["labelling"] = benchmark("relabel", "speed", *("--num_pairs 32 --size 64".split() if tiny else large))
+        flags = ["--cases", case, *few, "--time_limit", "400", "--output_dir", WORK / case]
+        commands[f"speed: {case}"] = [benchmarks / "benchmark_training.py", *flags]
+    flags = ("--num_pairs 32 --size 64" if tiny else "--model clip-h --size 768 --num_pairs 4096").split()
+    commands["labelling"] = [benchmarks / "benchmark_relabel.py", "speed", *flags]
     for case in ["SD1.5 LoRA"] if tiny else MEMORY_CASES:
-        how = ["count"] if tiny else ["measure", "--work_dir", folder]
-        commands[f"memory: {case}"] = benchmark("memory", *how, "--cases", case)
+        flags = ["count"] if tiny else ["measure", "--work_dir", WORK]  # a CPU would take long over it
+        commands[f"memory: {case}"] = [benchmarks / "benchmark_memory.py", *flags, "--cases", case]
     for case in ["tiny-full"] if tiny else ["sd15-full", "sd15-lora", "sdxl-lora"]:
-        commands[f"ideas: {case}"] = benchmark("ideas", case, *(["--num_pairs", "8"] if tiny else []))
-    if not tiny and "--scale" in (ROOT / run["ablation"]).read_text():
-        gpu = ["calm", "--scale", "gpu", "--base_model", folder / "ablation_base.pt", "--results", folder / "ablation"]
-        commands |= {f"ablation: {part}": [run["ablation"], *gpu, "--time_limit", "480"] for part in range(1, 4)}
+        flags = ["--num_pairs", "8"] if tiny else []
+        commands[f"ideas: {case}"] = [benchmarks / "benchmark_ideas.py", case, *flags]
+    if not tiny and "--scale" in (ROOT / ablation).read_text():
+        flags = ["calm", "--scale", "gpu", "--base_model", WORK / "ablation_base.pt", "--results", folder / "ablation"]
+        for part in range(1, 5):
+            commands[f"ablation: {part}"] = [ablation, *flags, "--time_limit", "420"]
     return {name: [sys.executable, *map(str, command)] for name, command in commands.items()}
 
 
@@ -111,10 +104,9 @@ def main():
     args.folder.mkdir(parents=True, exist_ok=True)
     state, start = args.folder / "gpu.json", time.monotonic()
     results = json.loads(state.read_text()) if state.exists() else {}
-    for name, command in pieces(args.tiny, args.folder.resolve() / "work").items():
-        if time.monotonic() - start > args.time_limit or name in results and name not in (args.only or []):
-            continue
-        if args.only and name not in args.only:
+    for name, command in pieces(args.tiny, args.folder.resolve()).items():
+        due = name in args.only if args.only else name not in results
+        if not due or time.monotonic() - start > args.time_limit:
             continue
         results[name] = run_piece(command, args.tiny)
         write(results, args.folder)
