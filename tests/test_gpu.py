@@ -34,6 +34,8 @@ CUDA = torch.cuda.is_available()
 PRECISIONS = ["fp16", "bf16"] if CUDA else ["bf16"]
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 ROUNDING = {"fp16": 2**-11, "bf16": 2**-8}  # of one number, at most
+both = pytest.mark.parametrize("run", ["sd15", "sdxl"], indirect=True)
+both_on_a_gpu = pytest.mark.parametrize("run", ["sd15", "sdxl"] if CUDA else ["sd15"], indirect=True)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not CUDA and not os.environ.get("TINY"), reason="needs a GPU, or TINY=1"),
@@ -47,7 +49,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["sd15", "sdxl"])
+@pytest.fixture
 def run(request, sdxl, labels_path):
     """Trains SD1.5 or SDXL in miniature for two steps of two micro-batches, and returns what it logged."""
     script, model = {"sd15": (train_smpo_sd15, TINY / "sd15"), "sdxl": (train_smpo_sdxl, sdxl)}[request.param]
@@ -71,6 +73,7 @@ def assert_equal(folder, other_folder):
             assert path.read_bytes() == (other_folder / path.relative_to(folder)).read_bytes(), path.name
 
 
+@both
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_training_starts_at_the_reference_and_resumes_bit_for_bit(run, precision, rank, tmp_path):
@@ -85,6 +88,7 @@ def test_training_starts_at_the_reference_and_resumes_bit_for_bit(run, precision
         assert not [name for name in before if torch.equal(before[name], after[name])]
 
 
+@both_on_a_gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_implied_noise_is_that_of_fp32(run, precision, tmp_path):
     """std(tau) before the first step; a hundred roundings in one direction would be within the bound, ten at random
@@ -93,6 +97,7 @@ def test_the_implied_noise_is_that_of_fp32(run, precision, tmp_path):
     assert half == pytest.approx(single, rel=10 * ROUNDING[precision])
 
 
+@both_on_a_gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_that_is_not_finite_changes_nothing(run, precision, tmp_path, monkeypatch):
     """fp16 lowers its scale then; it may have to do so before."""
@@ -109,6 +114,7 @@ def test_a_step_that_is_not_finite_changes_nothing(run, precision, tmp_path, mon
     assert all(weight.isfinite().all() for weight in unet_weights(tmp_path).values())
 
 
+@both_on_a_gpu
 @pytest.mark.parametrize("flag", ["use_8bit_adam", "offload"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_saves_memory_trains_alike(run, precision, flag, tmp_path):
