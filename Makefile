@@ -12,7 +12,7 @@ UPSTREAM := relabel_pickapic.py train_smpo_sd15.py train_smpo_sdxl.py evaluate_s
 	tests/upstream/README.md tests/upstream/test_smpo_diffusion.py
 DEST ?=
 
-.PHONY: install demo test test-slow quality style fix-copies upstream clean
+.PHONY: install demo test test-slow quality style fix-copies upstream gpu clean
 
 install: $(VENV)/installed
 
@@ -71,6 +71,11 @@ upstream:  ## the folder smpo_diffusion in DEST, examples/research_projects of t
 	@test -n "$(DEST)" || { echo "Give DEST=FOLDER, where the folder smpo_diffusion is to be."; exit 2; }
 	mkdir -p "$(DEST)/smpo_diffusion"
 	cp $(UPSTREAM) "$(DEST)/smpo_diffusion"
+
+# With the Python of $(VENV) if there is one, or else the machine's: a GPU may have no network to install from.
+gpu:  ## whatever a GPU decides, into the folder OUT, going on where it stopped; with TINY=1 in miniature, on a CPU too
+	@test -n "$(OUT)" || { echo "Give OUT=FOLDER, where gpu.json and gpu.md are to be."; exit 2; }
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) tests/benchmarks/run_gpu.py "$(OUT)" $(if $(filter 1,$(TINY)),--tiny)
 
 clean:
 	rm -rf $(DEMO)
