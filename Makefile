@@ -26,6 +26,7 @@ demo: export TRANSFORMERS_VERBOSITY = error
 demo: export DIFFUSERS_VERBOSITY = error
 demo: export DATASETS_VERBOSITY = error
 demo: export HF_HUB_DISABLE_PROGRESS_BARS = 1
+demo: export TQDM_DISABLE = 1
 demo: export HF_DATASETS_DISABLE_PROGRESS_BARS = 1
 demo: export PYTHONWARNINGS = ignore
 demo: install  ## labels, training and verdict on the tiny model of tests/tiny

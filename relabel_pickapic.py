@@ -41,12 +41,13 @@ With several reward models r' is the weighted mean of theirs. The published labe
 The file has a row for each row of the data set, in its order, and no images: the keys of the pair (`image_0_uid`,
 `image_1_uid`, `ranking_id`), the human `label_0`, the raw `score_0` and `score_1` (of several models `score_0_NAME`,
 `score_1_NAME`), `soft_label_0`, `valid` and, where that is false, `invalid_reason`. Its metadata say, as JSON under
-`smpo_labels`, which model at which revision scored what, the ranges, and the counts. Beside it lies a picture of them.
+`smpo_labels`, which model at which revision scored what, the ranges, and the counts. A picture of them lies beside it.
 
 Each (image, caption) is scored where it first occurs. The rows are cut into pieces, the pieces dealt to the processes
-and their workers, and each finished piece is written whole into a folder beside the output (labels.scores). The same
-command, started again after whatever stopped it, goes on with what is missing, with any number of processes, and ends
-with the same file. Several machines have to share the folder, which is removed when all is written and uploaded.
+and their workers, and each finished piece is written whole into a folder beside the output (labels.scores/HASH, the
+hash of all that scores depend on). The same command, started again after whatever stopped it, goes on with what is
+missing, with any number of processes, and ends with the same file; another command finds nothing there. Several
+machines have to share the folder, which is removed when all is written and uploaded.
 """
 
 import argparse
@@ -59,6 +60,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -78,9 +80,9 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import find_executable_batch_size, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, find_executable_batch_size, parse_flag_from_env
 from datasets import load_dataset_builder, load_from_disk
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
@@ -103,7 +105,6 @@ IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would al
 MAX_PIXELS = 50_000_000  # of an image; a small file can hold more than memory does
 PIECE_ROWS = 512  # at most, of a piece, which each worker of a stopped run may have to score again
 MAX_PARTS = 8  # pieces of a row group, however large it is, as each is read from the group's beginning
-READ_ROWS = 16  # rows read from a file at a time
 READ_BUFFER = 8 * 2**20  # bytes fetched of one column at a time
 NUM_READERS = 16  # threads that read what is small of many files
 LABELS_ROW_GROUP = 65_536  # rows; a reader of few rows goes by the page index
@@ -252,10 +253,16 @@ class ParquetShards:
             path = filesystem.open(inner_path, "rb", cache_type="none")
         return pq.ParquetFile(path, buffer_size=READ_BUFFER, pre_buffer=False)
 
-    def read(self, shard, groups, columns, batch_rows):
-        """Record batches of some row groups of one file."""
-        with self.open(self.files[shard]) as file:
-            yield from file.iter_batches(batch_rows, groups, columns, use_threads=False)
+    def read(self, piece, columns, batch_rows):
+        """Record batches of a `Piece`, of up to `batch_rows` rows."""
+        start, stop = piece.first_row, piece.first_row + piece.stop - piece.start
+        with self.open(self.files[piece.shard]) as file:
+            for batch in file.iter_batches(batch_rows, [piece.group], columns, use_threads=False):
+                if start < len(batch):
+                    yield batch[max(start, 0) : stop]
+                start, stop = start - len(batch), stop - len(batch)
+                if stop <= 0:
+                    return
 
     def read_columns(self, columns):
         """Columns of all rows, as a table: for keys and labels, not for images."""
@@ -273,18 +280,17 @@ class DatasetShards:
     """Rows of a `datasets.Dataset` with the interface of `ParquetShards`, as one file."""
 
     def __init__(self, data, split):
-        images = [column for column, kind in data.features.items() if isinstance(kind, datasets.Image)]
-        for column in images:
-            data = data.cast_column(column, datasets.Image(decode=False))
+        for column, kind in data.features.items():
+            if isinstance(kind, datasets.Image):
+                data = data.cast_column(column, datasets.Image(decode=False))
         self.data, self.schema, self.files = data.with_format("arrow"), data.features.arrow_schema, [split]
         self.sizes = data.data.nbytes
         self.row_groups = [[min(PIECE_ROWS, len(data) - start) for start in range(0, len(data), PIECE_ROWS)]]
 
-    def read(self, shard, groups, columns, batch_rows):
-        rows = range(groups[0] * PIECE_ROWS, groups[0] * PIECE_ROWS + sum(self.row_groups[0][i] for i in groups))
-        for start in rows[::batch_rows]:
-            table = self.data.select_columns(columns)[start : min(start + batch_rows, rows.stop)]
-            yield from table.combine_chunks().to_batches()
+    def read(self, piece, columns, batch_rows):
+        data = self.data.select_columns(columns)
+        for start in range(piece.start, piece.stop, batch_rows):
+            yield from data[start : min(start + batch_rows, piece.stop)].combine_chunks().to_batches()
 
     def read_columns(self, columns):
         return self.data.select_columns(columns)[:]
@@ -296,28 +302,27 @@ def open_data(args):
     Raises `UserError` if it cannot be read or is empty, lacks a column or has one of a wrong type.
     """
     name, split, commit, files = args.dataset_name, args.dataset_split_name, None, []
-    is_saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
     with explain_errors("dataset_name", f"{without_secrets(name)} --dataset_split_name {split}", DATASET_ACCEPTED):
-        if is_saved:
+        if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
             data = load_from_disk(name)
             if isinstance(data, datasets.DatasetDict) and split not in data:
                 raise ValueError(f"it has the splits {', '.join(data)}")
             data = data[split] if isinstance(data, datasets.DatasetDict) else data
-        elif name.endswith(".parquet"):
-            builder = load_dataset_builder("parquet", data_files={split: name})
         else:
-            builder = load_dataset_builder(name, args.dataset_config_name)
-        if not is_saved:
+            is_parquet = name.endswith(".parquet")
+            if Path(name).is_file() and not is_parquet:
+                raise ValueError("it is a file and not Parquet: pandas or `datasets` can write it as such")
+            source = {"path": "parquet", "data_files": {split: name}} if is_parquet else {"path": name}
+            builder = load_dataset_builder(**source, name=args.dataset_config_name)
             files = list((builder.config.data_files or {}).get(split, []))
             commit = next(iter(re.findall("@([0-9a-f]{40})/", " ".join(files))), None)
             files = files if builder.name == "parquet" else []
+            if not files and not args.streaming:
+                builder.download_and_prepare()
+                data = builder.as_dataset(split)
         if args.streaming and not files:
             raise ValueError("--streaming reads Parquet files in place, and it has none: leave it out")
-        if files and not args.streaming:
-            files = datasets.DownloadManager().download(files)
-        elif not files and not is_saved:
-            builder.download_and_prepare()
-            data = builder.as_dataset(split)
+        files = files if args.streaming else datasets.DownloadManager().download(files)
     shards = ParquetShards(files) if files else DatasetShards(data, split)
     if not any(itertools.chain(*shards.row_groups)):
         raise UserError(f"--dataset_name {name} has no rows in the split {split}.")
@@ -350,42 +355,69 @@ def check_columns(schema, args):
             raise UserError(f"--with_images adds the column {name}, which the data set has already.")
 
 
-# ---- Reward models, and scoring piece by piece, where an image is known by its place in the data set: 2 row + side --
+# ---- Reward models: another kind needs `processor.image_processor`, which workers call, `preprocessing` and `score` -
 
 
 class Reward(NamedTuple):
-    """A reward model, frozen and on its device. Those with the same `preprocessing` look at the same pixels."""
+    """A CLIP-style reward model, frozen and on its device: the score is the cosine of the embeddings.
 
-    name: str
+    Worker processes make of an image what its `processor.image_processor` gives as `pixel_values`; reward models with
+    the same `preprocessing` look at the same pixels.
+    """
+
     model: torch.nn.Module
     processor: transformers.ProcessorMixin
-    preprocessing: str
-    facts: dict  # for the labels' metadata
+
+    @property
+    def preprocessing(self):
+        return self.processor.image_processor.to_json_string()
+
+    def score(self, pixel_values, captions):
+        """Scores of N images `[N, 3, H, W]` by their captions: fp32 `[N]`. A caption is embedded once."""
+        number, texts = pd.factorize(np.asarray(captions, dtype=object))
+        embeddings = embed_texts(self.model, self.processor, texts.tolist())[number]
+        return (embed_images(self.model, pixel_values) * embeddings).sum(-1)
 
 
-def commit_of(name, file, revision):
+def commit_of(name, file, revision=None):
     """The commit in which a file of a Hub repository is found; None for a folder."""
     return None if os.path.isdir(name) else Path(cached_file(name, file, revision=revision)).parent.name
 
 
-def load_rewards(device, args):
-    """The reward models; raises `UserError` if one cannot be loaded, or does not embed images and texts."""
-    rewards = []
+def find_rewards(args):
+    """What the command line names as reward models, a dict for each, with the commits where they lie on the Hub."""
+    found = []
     sources = zip(args.reward_model.items(), args.reward_model_revision, args.reward_processor)
-    for (name, path), revision, processor_path in sources:
+    for (name, path), revision, processor in sources:
         with explain_errors("reward_model", path):
             commit = commit_of(path, "config.json", revision)
-            model = AutoModel.from_pretrained(path, revision=commit)
+        with explain_errors("reward_processor", processor):
+            own = commit if processor == path else commit_of(processor, "preprocessor_config.json")
+        paths = {"name": name, "reward_model": path, "reward_processor": processor}
+        found.append(paths | {"revision": commit, "processor_revision": own})
+    return found
+
+
+def load_rewards(sources, device, dtype):
+    """`{name: Reward}` of what `find_rewards` gives.
+
+    Raises `UserError` if one cannot be loaded, or does not embed images and texts.
+    """
+    rewards = {}
+    for source in sources:
+        path, processor_path, commit = (
+            source[key] for key in ("reward_model", "reward_processor", "processor_revision")
+        )
+        with explain_errors("reward_model", path):
+            model = AutoModel.from_pretrained(path, revision=source["revision"])
         if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
             raise UserError(f"--reward_model {path} is a {type(model).__name__}, not a CLIP-style model.")
         with explain_errors("reward_processor", processor_path):
-            own = commit if processor_path == path else commit_of(processor_path, "preprocessor_config.json", None)
-            processor = AutoProcessor.from_pretrained(processor_path, revision=own)
-            processor.image_processor = AutoImageProcessor.from_pretrained(processor_path, revision=own, **PIL_BACKEND)
-        facts = {"revision": commit, "processor_revision": own}
-        facts["image_processor"] = type(processor.image_processor).__name__
-        model = model.requires_grad_(False).eval().to(device, getattr(torch, args.dtype))
-        rewards.append(Reward(name, model, processor, processor.image_processor.to_json_string(), facts))
+            processor = AutoProcessor.from_pretrained(processor_path, revision=commit)
+            pixels = AutoImageProcessor.from_pretrained(processor_path, revision=commit, **PIL_BACKEND)
+        processor.image_processor = pixels
+        model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
+        rewards[source["name"]] = Reward(model, processor)
     return rewards
 
 
@@ -412,14 +444,7 @@ def embed_texts(model, processor, texts):
     return unit_features(model.get_text_features(**tokens.to(model.device)))
 
 
-def score_images(pixels, captions, rewards):
-    """Cosines of N images, `{preprocessing: [N, 3, H, W]}`, with their captions: `[N, K]` for K rewards."""
-    number, texts = pd.factorize(np.asarray(captions, dtype=object))
-    scores = []
-    for reward in rewards:
-        embeddings = embed_texts(reward.model, reward.processor, texts.tolist())[number]
-        scores.append((embed_images(reward.model, pixels[reward.preprocessing]) * embeddings).sum(-1))
-    return torch.stack(scores, dim=1)
+# ---- Scoring piece by piece. The place of an image in the data set is 2 row + side ----------------------------------
 
 
 class Piece(NamedTuple):
@@ -451,43 +476,36 @@ def cut_pieces(row_groups):
 class PieceImages(torch.utils.data.IterableDataset):
     """What the reward models take of pieces; each worker reads and prepares pieces of its own.
 
-    Yields dicts with the `piece`; `places` `[N]` of up to `batch_size` images that are to be scored, counted from its
-    first; and their `pixels`, `{preprocessing: [N, 3, H, W]}`. Images of two pieces never come together: a score does
-    not depend on where an earlier run was stopped. The last dict of a piece also has the `hashes`, int64, and
-    `problems`, text or None, of all its images. If a file breaks off, there is only an `error`.
+    Yields dicts, of up to `batch_size` pairs each and never of two pieces, so that a score does not depend on where an
+    earlier run was stopped: the `piece`; int64 `hashes` and `problems`, text or None, of all their images; and of
+    those that are wanted and readable the `places`, counted from the first of the dict, the `captions`, and the
+    `pixels`, `{preprocessing: [N, 3, H, W]}`. If a file breaks off, there is only an `error`.
     """
 
-    def __init__(self, shards, pieces, scored, batch_size, image_processors, args):
-        self.shards, self.pieces, self.scored, self.batch_size = shards, pieces, scored, batch_size
-        self.image_processors, self.args = image_processors, args
+    def __init__(self, shards, pieces, wanted, captions, batch_size, image_processors, args):
+        self.shards, self.pieces, self.wanted, self.captions = shards, pieces, wanted, captions
+        self.batch_size, self.image_processors, self.args = batch_size, image_processors, args
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         for piece in self.pieces[worker.id :: worker.num_workers] if worker else self.pieces:
+            start = 2 * piece.start
             try:
-                yield from self.prepare(piece)
+                for rows in self.shards.read(piece, self.args.image_columns, self.batch_size):
+                    images = zip(*(rows[name].to_pylist() for name in self.args.image_columns))
+                    images = list(itertools.chain.from_iterable(images))
+                    yield {"piece": piece, **self.prepare(images, slice(start, start + len(images)))}
+                    start += len(images)
             except (OSError, pa.ArrowException) as error:
                 file = without_secrets(self.shards.files[piece.shard])
                 yield {"error": f"{file} breaks off in the row group {piece.group}: {error}"}
 
-    def prepare(self, piece):
-        columns, folders = self.args.image_columns, image_folders(self.args.dataset_name)
-        hashes, problems, places, pixels = [], [], [], defaultdict(list)
-
-        def batch(**more):
-            stacked = {key: torch.stack(values) for key, values in pixels.items()}
-            return {"piece": piece, "places": np.array(places, dtype=np.int64), "pixels": stacked, **more}
-
-        batches = self.shards.read(piece.shard, [piece.group], columns, READ_ROWS)
-        pairs = itertools.chain.from_iterable(zip(*(rows[name].to_pylist() for name in columns)) for rows in batches)
-        pairs = itertools.islice(pairs, piece.first_row, piece.first_row + piece.stop - piece.start)
-        for place, data in enumerate(itertools.chain.from_iterable(pairs)):
-            hashes.append(hash_of(data))
-            problems.append(None)
-            if not self.scored[piece.places][place]:
-                continue
+    def prepare(self, images, span):
+        folders, places = image_folders(self.args.dataset_name), []
+        problems, pixels = [None] * len(images), defaultdict(list)
+        for place in np.flatnonzero(self.wanted[span]):
             try:
-                image = decode_image(data, folders)
+                image = decode_image(images[place], folders)
             except ValueError as error:
                 problems[place] = str(error)
                 continue
@@ -495,10 +513,13 @@ class PieceImages(torch.utils.data.IterableDataset):
             for key, processor in self.image_processors.items():
                 values = processor(images=image, return_tensors="pt")["pixel_values"][0]
                 pixels[key].append(values.to(getattr(torch, self.args.dtype)))
-            if len(places) == self.batch_size:
-                yield batch()
-                places, pixels = [], defaultdict(list)
-        yield batch(hashes=np.array(hashes), problems=problems)
+        return {
+            "hashes": np.array([hash_of(data) for data in images]),
+            "problems": problems,
+            "places": np.array(places, dtype=np.int64),
+            "captions": self.captions[span][places].tolist(),
+            "pixels": {key: torch.stack(values) for key, values in pixels.items()},
+        }
 
 
 def hash_of(data):
@@ -533,146 +554,146 @@ def write_whole(path, write):
         raise UserError(f"{path} cannot be written: {error}. {advice}") from error
 
 
-def piece_path(folder, prefix, piece):
-    return folder / f"{prefix}-{piece.start:09d}.parquet"
+def score_pieces(batch_size, paths, wanted, captions, shards, rewards, args):
+    """Scores the wanted images of the pieces in `{piece: path}` that are not written yet; each is when it is finished.
 
-
-def start_run(shards, commit, folder, args):
-    """Makes the folder of a run, or finds that it holds this one: table `[P]` of keys, human `label_0` and `caption`.
-
-    Raises `UserError` if the folder holds something else, or there are no captions.
-    """
-    record_path, rows_path = folder / "run.json", folder / "rows.parquet"
-    if PartialState().is_main_process:
-        columns = dict(zip(LABEL_KEYS, args.key_columns))
-        columns |= {"label_0": args.human_label_column, "caption": args.caption_column}
-        columns = {name: column for name, column in columns.items() if column in shards.schema.names}
-        found = shards.read_columns([*dict.fromkeys(columns.values())])
-        if found[args.caption_column].null_count == len(found):
-            raise UserError(f"--caption_column {args.caption_column} of {args.dataset_name} holds no captions.")
-        digest = hashlib.blake2b(json.dumps([shards.row_groups, shards.sizes]).encode(), digest_size=16)
-        for column in columns.values():
-            digest.update(repr(found[column].to_pylist()).encode())
-        record = {"dataset_revision": commit, "rows, keys, captions, labels": digest.hexdigest()}
-        flags = ["image_columns", "key_columns", "caption_column", "human_label_column", "dtype"]
-        flags += ["reward_model", "reward_model_revision", "reward_processor"]
-        record |= {flag: getattr(args, flag) for flag in flags}
-        if record_path.exists():
-            saved = json.loads(record_path.read_text())
-            changes = [f"{key}: {saved[key]} then, {now} now" for key, now in record.items() if saved[key] != now]
-            if changes:
-                head = f"{folder} holds the scores of another run, of {saved['dataset_name']}:"
-                advice = "Go on with what it was started with, delete it, or give another --output_path."
-                raise UserError("\n".join([head, *changes, advice]))
-            logger.info(f"Going on with the run in {folder}.")
-        else:
-            folder.mkdir(exist_ok=True)
-            others = [
-                path.name for path in folder.iterdir() if path.suffix != ".tmp"
-            ]  # which a kill right here leaves
-            if others:
-                raise UserError(f"{folder} is where scores are kept, and holds {others[0]}: move the folder away.")
-            record["dataset_name"] = without_secrets(args.dataset_name)
-            write_whole(record_path, lambda file: file.write(json.dumps(record, indent=2).encode()))
-        rows = pa.table({name: found[column] for name, column in columns.items()})
-        write_whole(rows_path, lambda file: pq.write_table(rows, file, compression="zstd"))
-    PartialState().wait_for_everyone()
-    return pq.read_table(rows_path)
-
-
-def note_models(rewards, folder):
-    """Keeps the commits and image processors of a run's models; raises `UserError` if it has pieces of others."""
-    path, models = folder / "models.json", {reward.name: reward.facts for reward in rewards}
-    if not path.exists():
-        write_whole(path, lambda file: file.write(json.dumps(models).encode()))
-    saved = json.loads(path.read_text())
-    if saved != models:
-        head = f"The pieces in {folder} were scored by {saved}, and the models are {models} now."
-        raise UserError(f"{head} Delete it, and pin them with --reward_model_revision.")
-
-
-def score_pieces(batch_size, prefix, pieces, scored, rewards, shards, captions, folder, args):
-    """Scores what of some pieces is not in the folder yet, a batch of images at a time; each is written when finished.
-
-    `scored` says which images of the data set are to be scored, bool `[2 P]`; `captions` are `[2 P]` texts.
+    `wanted` says which images of the data set to score, bool `[2 P]`; `captions` are `[2 P]` texts.
     """
     state = PartialState()
-    missing = [piece for piece in pieces if not piece_path(folder, prefix, piece).exists()]
-    num_workers = min(args.dataloader_num_workers, len(missing))
-    image_processors = {reward.preprocessing: reward.processor.image_processor for reward in rewards}
+    pieces = [piece for piece, path in paths.items() if not path.exists()]
+    num_workers = min(args.dataloader_num_workers, len(pieces))
+    image_processors = {reward.preprocessing: reward.processor.image_processor for reward in rewards.values()}
     loader = torch.utils.data.DataLoader(
-        PieceImages(shards, missing, scored, batch_size, image_processors, args),
+        PieceImages(shards, pieces, wanted, captions, batch_size, image_processors, args),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=1 if num_workers else None,
         pin_memory=state.device.type == "cuda",
     )
-    under_way = defaultdict(list)  # `{piece: [(places [N], scores [N, K])]}`
-    total = sum(scored[piece.places].sum() for piece in missing)
+    under_way = defaultdict(list)  # tables of the batches of a piece
+    total = sum(wanted[piece.places].sum() for piece in pieces)
     bar = tqdm(total=total, desc="Images", unit="image", disable=not state.is_local_main_process)
-    for item in loader:
-        if "error" in item:
-            logger.error(item["error"], main_process_only=False)
+    for batch in loader:
+        if "error" in batch:
+            logger.error(batch["error"], main_process_only=False)
             continue
-        piece, places = item["piece"], item["places"].numpy()
-        if len(places):
-            scores = score_images(item["pixels"], captions[piece.places][places], rewards)
-            under_way[piece].append((places, scores))
-            bar.update(len(places))
-        if "hashes" in item:
-            values = np.full((len(item["hashes"]), len(rewards)), np.nan, dtype=np.float32)
-            for places, scores in under_way.pop(piece, []):
-                values[places] = scores.cpu().numpy()
-            table = {"hash": item["hashes"].numpy(), "problem": pa.array(item["problems"], pa.string())}
-            table |= {f"score_{reward.name}": values[:, k] for k, reward in enumerate(rewards)}
-            write_whole(piece_path(folder, prefix, piece), lambda file: pq.write_table(pa.table(table), file))
+        piece, places = batch["piece"], batch["places"].numpy()
+        columns = {"hash": batch["hashes"].numpy(), "problem": pa.array(batch["problems"], pa.string())}
+        for name, reward in rewards.items():
+            scores = np.full(len(batch["hashes"]), np.nan, dtype=np.float32)
+            if len(places):
+                scores[places] = reward.score(batch["pixels"][reward.preprocessing], batch["captions"]).cpu()
+            columns[f"score_{name}"] = scores
+        bar.update(len(places))
+        under_way[piece].append(pa.table(columns))
+        if sum(map(len, under_way[piece])) == 2 * (piece.stop - piece.start):
+            table = pa.concat_tables(under_way.pop(piece))
+            write_whole(paths[piece], lambda file: pq.write_table(table, file))
     bar.close()
-    logger.info(f"{bar.n} images scored in {bar.format_dict['elapsed']:.1f} s, {batch_size} at a time.")
+    logger.info(f"{bar.n} images scored in {bar.format_dict['elapsed']:.1f} s, {batch_size} pairs at a time.")
 
 
-def score_data_set(rows, shards, folder, args):
-    """Scores P pairs with all processes: frame `[2 P]` of `problem`, text or missing, and `score_NAME`, number or NaN.
+def score_together(prefix, pieces, wanted, captions, shards, sources, folder, args):
+    """`score_pieces` with all processes, each a share of the pieces: frame of their `hash`, `problem` and scores.
+
+    Its index are the places. Raises `UserError` if files break off.
+    """
+    state = PartialState()
+    paths = {piece: folder / f"{prefix}-{piece.start:09d}.parquet" for piece in pieces}
+    mine = {piece: paths[piece] for piece in pieces[state.process_index :: state.num_processes]}
+    if not all(path.exists() for path in mine.values()):
+        rewards = load_rewards(sources, state.device, args.dtype)
+        score_as_fits = find_executable_batch_size(score_pieces, args.batch_size)
+        score_as_fits(mine, wanted, captions, shards, rewards, args)
+    state.wait_for_everyone()
+    missing = [without_secrets(shards.files[piece.shard]) for piece, path in paths.items() if not path.exists()]
+    if missing:
+        head = "Files that could not be read to the end, see above:"
+        advice = f"All else is scored and kept in {folder}: fetch them again, and start the same command again."
+        raise UserError("\n".join([head, *dict.fromkeys(missing), advice]))
+    found = pa.concat_tables(map(pq.read_table, paths.values())).to_pandas()
+    return found.set_index(np.concatenate([np.arange(len(wanted))[piece.places] for piece in pieces]))
+
+
+def score_data_set(rows, shards, sources, folder, args):
+    """Scores P pairs: frame `[2 P]` of `problem`, text or missing, and `score_NAME`, number or NaN.
 
     A place has the score of the first one with the same uid, caption and bytes. Where uid and caption first occur is
-    scored first, and after that what proves to have other bytes. Raises `UserError` if files break off.
+    scored first, and after that what proves to have other bytes.
     """
-    state, pieces = PartialState(), cut_pieces(shards.row_groups)
     captions = np.repeat(rows["caption"].to_pandas().to_numpy(dtype=object), 2)
     caption = pd.factorize(captions)[0]  # -1: none
-    uids = pd.concat([rows[key].cast(pa.large_string()).to_pandas() for key in LABEL_KEYS[:2]])
-    uid = pd.factorize(uids)[0].reshape(2, -1).T.ravel()
+    uids = [rows[key].cast(pa.large_string()).to_pandas() for key in LABEL_KEYS[:2]]
+    uid = pd.factorize(np.stack(uids, axis=1).ravel())[0]
     place = np.arange(len(uid))
     uid = np.where(uid < 0, -1 - place, uid)  # no uid: an image of its own
+    pieces, common = cut_pieces(shards.row_groups), (captions, shards, sources, folder, args)
 
-    def score(prefix, pieces, scored):
-        paths = {piece: piece_path(folder, prefix, piece) for piece in pieces}
-        mine = pieces[state.process_index :: state.num_processes]
-        if not all(paths[piece].exists() for piece in mine):
-            rewards = load_rewards(state.device, args)
-            note_models(rewards, folder)
-            score_as_fits = find_executable_batch_size(score_pieces, args.batch_size)
-            score_as_fits(prefix, mine, scored, rewards, shards, captions, folder, args)
-        state.wait_for_everyone()
-        missing = [without_secrets(shards.files[piece.shard]) for piece in pieces if not paths[piece].exists()]
-        if missing:
-            head = "Files that could not be read to the end, see above:"
-            advice = f"All else is scored and kept in {folder}: fetch them again, and start the same command again."
-            raise UserError("\n".join([head, *dict.fromkeys(missing), advice]))
-        found = pa.concat_tables(map(pq.read_table, paths.values())).to_pandas()
-        return found.set_index(np.concatenate([place[piece.places] for piece in pieces]))
-
-    scored = (first_places(uid, caption) == place) & (caption >= 0)
-    found = score("piece", pieces, scored)
+    wanted = (first_places(uid, caption) == place) & (caption >= 0)
+    found = score_together("piece", pieces, wanted, *common)
     first = first_places(uid, caption, found["hash"])
-    again = (first == place) & (caption >= 0) & ~scored
+    again = (first == place) & (caption >= 0) & ~wanted
     if again.any():
-        logger.warning(
-            f"{again.sum()} images, with other bytes under a known uid and caption, are scored by themselves."
-        )
-        more = score("again", [piece for piece in pieces if again[piece.places].any()], again)
+        logger.warning(f"{again.sum()} images have other bytes than the first of their uid: they are scored, too.")
+        more = score_together("again", [piece for piece in pieces if again[piece.places].any()], again, *common)
         more = more[again[more.index]]
         found.loc[more.index] = more
     return found.loc[first].reset_index(drop=True)
+
+
+# ---- The folder of a run, which a stopped one goes on with ----------------------------------------------------------
+
+
+def output_paths(args):
+    """The labels file, the folder for the scores of runs until their labels are finished, and the picture."""
+    path = Path(args.output_path)
+    return path, path.with_suffix(".scores"), path.with_suffix(".png")
+
+
+def read_rows(shards, args):
+    """Keys, human `label_0` and `caption` of all pairs: table `[P]`. Raises `UserError` if there are no captions."""
+    columns = dict(zip(LABEL_KEYS, args.key_columns))
+    columns |= {"label_0": args.human_label_column, "caption": args.caption_column}
+    columns = {name: column for name, column in columns.items() if column in shards.schema.names}
+    table = shards.read_columns([*dict.fromkeys(columns.values())])
+    if table[args.caption_column].null_count == len(table):
+        raise UserError(f"--caption_column {args.caption_column} of {args.dataset_name} holds no captions.")
+    return pa.table({name: table[column] for name, column in columns.items()})
+
+
+def start_run(shards, commit, args):
+    """The folder for the scores of this run, its rows (`read_rows`), and its reward models (`find_rewards`).
+
+    The folder's name is a hash of all that scores depend on: a run that goes on finds its pieces, and takes the reward
+    models at the commits of its start; another one finds nothing.
+    """
+    run = [None, None, None]
+    if PartialState().is_main_process:
+        rows, parent = read_rows(shards, args), output_paths(args)[1]
+        facts = [commit, shards.row_groups, shards.sizes, args.image_columns, args.dtype]
+        facts += [args.reward_model, args.reward_model_revision, args.reward_processor]
+        digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8)
+        names = rows.select([*LABEL_KEYS[:2], "caption"]).to_pandas()
+        digest.update(pd.util.hash_pandas_object(names, index=False).to_numpy())
+        folder = parent / digest.hexdigest()
+        path = folder / "run.json"
+        if path.exists():
+            logger.info(f"Going on with the run in {folder}.")
+        else:
+            rewards = find_rewards(args)
+            for other in parent.glob("*/run.json"):
+                logger.warning(f"{other.parent} holds the scores of a run with other data, models or flags.")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda file: file.write(json.dumps(rewards).encode()))
+        run = [folder, rows, json.loads(path.read_text())]
+    return broadcast_object_list(run)
+
+
+def remove_run(folder):
+    """Removes the folder of a run, and the one around it if that holds nothing else."""
+    shutil.rmtree(folder)
+    if not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
 
 
 # ---- Labels, and what goes with them: a copy with images, a picture, an upload --------------------------------------
@@ -690,45 +711,40 @@ def added_columns(names):
     return [*itertools.chain(*score_columns(names).values()), "soft_label_0", "valid", "invalid_reason"]
 
 
-def raw_labels(found, rows, commit, folder, args):
+def raw_labels(found, rows, sources, commit, args):
     """Everything of a labels file but the soft label, as a table, and its metadata; `found` is of `score_data_set`."""
-    names = list(args.reward_model)
-    scores = found[[f"score_{name}" for name in names]].to_numpy()
-    finite = np.isfinite(scores)
     labels = {name: rows[name] for name in rows.column_names if name != "caption"}
-    for k, columns in enumerate(score_columns(names).values()):
+    for name, columns in score_columns(args.reward_model).items():
         for side, column in enumerate(columns):
-            labels[column] = pa.array(scores[side::2, k], mask=~finite[side::2, k])
-    problems = found["problem"].where(found["problem"].notna() | finite.all(axis=1), "the score is not finite")
+            scores = found[f"score_{name}"].to_numpy()[side::2]
+            labels[column] = pa.array(scores, mask=~np.isfinite(scores))
+    finite = np.isfinite(found.drop(columns=["hash", "problem"])).all(axis=1)
+    problems = found["problem"].where(found["problem"].notna() | finite, "the score is not finite")
     problems = [f"image {i % 2}: {text}" if isinstance(text, str) else None for i, text in enumerate(problems)]
     reasons = ["; ".join(filter(None, pair)) or None for pair in zip(problems[::2], problems[1::2])]
     reasons = pa.array(np.where(rows["caption"].is_valid(), reasons, REASONS[0]), pa.string())
     labels |= {"valid": reasons.is_null(), "invalid_reason": reasons}
-    models = json.loads((folder / "models.json").read_text())
-    rewards = []
-    sources = zip(args.reward_model.items(), args.reward_processor)
-    for (name, path), processor in sources:
-        paths = {"name": name, "reward_model": public_name(path), "reward_processor": public_name(processor)}
-        rewards.append(paths | models[name])
-    settings = {name: getattr(args, name) for name in ("dtype", "dataset_config_name", "dataset_split_name")}
-    versions = {"transformers": transformers.__version__, "pillow": PIL.__version__}
-    source = {"dataset_name": public_name(args.dataset_name), "dataset_revision": commit, "num_rows": len(rows)}
-    return pa.table(labels), {"rewards": rewards, **source, **settings, **versions}
+    paths = ("reward_model", "reward_processor")
+    rewards = [
+        {key: public_name(text) if key in paths else text for key, text in source.items()} for source in sources
+    ]
+    metadata = {"rewards": rewards, "dataset_name": public_name(args.dataset_name), "dataset_revision": commit}
+    metadata |= {name: getattr(args, name) for name in ("dataset_config_name", "dataset_split_name", "dtype")}
+    metadata |= {"num_rows": len(rows), "transformers": transformers.__version__, "pillow": PIL.__version__}
+    return pa.table(labels), metadata
 
 
 def read_raw_labels(args):
     """What `raw_labels` returns, from the file --scores_from; raises `UserError` if it has none, or other rewards."""
-    path = args.scores_from
-    with explain_errors("scores_from", path, "a labels file of this script"):
-        table = pq.read_table(path)
+    with explain_errors("scores_from", args.scores_from, "a labels file of this script"):
+        table = pq.read_table(args.scores_from)
         metadata = json.loads((table.schema.metadata or {}).get(b"smpo_labels", b"{}"))
         if "rewards" not in metadata:
             raise ValueError(f"its metadata lack smpo_labels, its columns are {', '.join(table.column_names)}")
     count = len(metadata["rewards"])
     for name in ("reward_weights", "score_min", "score_max"):
-        values = getattr(args, name) or [None] * count
-        if len(values) != count:
-            found = f"{len(values)} values, and {path} the scores of {count} reward models"
+        if len(getattr(args, name) or metadata["rewards"]) != count:
+            found = f"{len(getattr(args, name))} values, and {args.scores_from} the scores of {count} reward models"
             raise UserError(f"--{name} has {found}: give one for each.")
     return table.drop_columns(["soft_label_0"]), metadata
 
@@ -779,25 +795,25 @@ def write_copy(shards, labels, folder, args):
 
     A file that is there already is left, if it has these labels; else it raises `UserError`.
     """
-    state, added = PartialState(), labels.select(added_columns(args.reward_model))
+    state, pieces = PartialState(), defaultdict(list)
+    for piece in cut_pieces(shards.row_groups):
+        pieces[piece.shard].append(piece)
     folder.mkdir(parents=True, exist_ok=True)
-    starts = np.cumsum([0, *map(sum, shards.row_groups)])
     numbers = range(state.process_index, len(shards.files), state.num_processes)
     for shard in tqdm(numbers, desc="Copies", unit="file", disable=not state.is_local_main_process):
         path = folder / f"{args.dataset_split_name}-{shard:05d}-of-{len(shards.files):05d}.parquet"
-        if path.exists():
-            if (pq.read_schema(path).metadata or {}).get(b"smpo_labels") == labels.schema.metadata[b"smpo_labels"]:
-                continue
+        if not path.exists():
+            write_whole(path, lambda file: copy_pieces(pieces[shard], shards, labels, file, args))
+        elif (pq.read_schema(path).metadata or {}).get(b"smpo_labels") != labels.schema.metadata[b"smpo_labels"]:
             raise UserError(f"{path} exists, with other labels: move it away, or give --with_images another folder.")
-        of_shard = added.slice(starts[shard], starts[shard + 1] - starts[shard])
-        write_whole(path, lambda file: copy_shard(shards, shard, of_shard, image_folders(args.dataset_name), file))
 
 
-def copy_shard(shards, shard, added, folders, file):
-    """Writes the rows of a file, with columns added, as Parquet that `datasets` reads with its features.
+def copy_pieces(pieces, shards, labels, file, args):
+    """Writes rows of the data set, with columns added, as Parquet that `datasets` reads with its features.
 
-    Image files that rows name are written into it, as far as they lie in `folders`, and no path of this machine.
+    Image files that rows name are written into it, if they lie in the data set's folder, and no path of this machine.
     """
+    added, folders = labels.select(added_columns(args.reward_model)), image_folders(args.dataset_name)
 
     def embed(image):
         if image is None or image["path"] is None:
@@ -807,47 +823,43 @@ def copy_shard(shards, shard, added, folders, file):
             data = path.read_bytes()
         return {"bytes": data, "path": path.name}
 
-    names, groups = shards.schema.names, range(len(shards.row_groups[shard]))
     schema = pa.schema([*shards.schema, *added.schema], shards.schema.metadata)
     features = datasets.Features.from_arrow_schema(schema)
     images = {name: datasets.Image() for name, kind in features.items() if isinstance(kind, datasets.Image)}
     schema = datasets.Features({**features, **images}).arrow_schema
-    schema, row = schema.with_metadata({**schema.metadata, **added.schema.metadata}), 0
+    schema = schema.with_metadata({**schema.metadata, **labels.schema.metadata})
     with pq.ParquetWriter(file, schema, write_page_index=True) as writer:
-        for batch in shards.read(shard, groups, names, COPY_ROW_GROUP) if groups else []:
-            columns = {name: batch[name] for name in names}
-            for name in images:
-                columns[name] = pa.array(map(embed, batch[name].to_pylist()), schema.field(name).type)
-            columns |= {name: added[name].slice(row, len(batch)) for name in added.column_names}
-            writer.write_table(pa.table(columns).cast(schema))
-            row += len(batch)
+        for piece in pieces:
+            row = piece.start
+            for batch in shards.read(piece, shards.schema.names, COPY_ROW_GROUP):
+                columns = {name: batch[name] for name in shards.schema.names}
+                for name in images:
+                    columns[name] = pa.array(map(embed, batch[name].to_pylist()), schema.field(name).type)
+                columns |= {name: added[name].slice(row, len(batch)) for name in added.column_names}
+                writer.write_table(pa.table(columns).cast(schema))
+                row += len(batch)
 
 
 def report(labels, metadata, picture_path):
     """Logs and draws what is worth knowing of the labels before training on them."""
     frame = labels.to_pandas()
-    label = frame["soft_label_0"].dropna()
+    label = frame["soft_label_0"].dropna().astype(float)
     logger.info(f"{metadata['num_valid']} of {len(frame)} pairs are labelled. Not labelled: {metadata['invalid']}.")
-    quantiles = np.quantile(np.abs(2 * label - 1), [0.1, 0.5, 0.9])
-    logger.info("|2 soft_label_0 - 1|, 10 %, median, 90 %: " + ", ".join(f"{value:.4f}" for value in quantiles))
+    low, median, high = (2 * label - 1).abs().quantile([0.1, 0.5, 0.9])
+    logger.info(f"|2 soft_label_0 - 1|, 10 %, median, 90 %: {low:.4f}, {median:.4f}, {high:.4f}")
     if "label_0" in frame:
-        known = frame[frame["valid"] & frame["label_0"].notna()]
-        ties, decided = known[known["label_0"] == 0.5], known[known["label_0"] != 0.5]
+        decided = frame[frame["valid"] & frame["label_0"].notna() & (frame["label_0"] != 0.5)]
         agreement = ((decided["soft_label_0"] > 0.5) == (decided["label_0"] > 0.5)).mean()
-        logger.info(f"The label agrees with people on {agreement:.1%} of {len(decided)} decided pairs.")
-        median = (2 * ties["soft_label_0"] - 1).abs().median()
-        logger.info(f"People called {len(ties)} pairs a tie; there |2 soft_label_0 - 1| is {median:.4f}.")
+        logger.info(f"The label agrees with people on {agreement:.1%} of the {len(decided)} pairs that they decided.")
 
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, columns in score_columns([reward["name"] for reward in metadata["rewards"]]).items():
-        gaps = (
-            (frame[columns[0]] - frame[columns[1]]).dropna().astype(np.float64)
-        )  # fp32 has no bins between near values
-        left.hist(gaps, bins=61, histtype="step", label=name)
+        scores = frame[[*columns]].dropna().astype(float)  # fp32 has no bins between near values
+        left.hist(scores[columns[0]] - scores[columns[1]], bins=61, histtype="step", label=name)
     left.set(title="Score gaps", xlabel="score of image 0 - score of image 1", ylabel="pairs")
     left.legend()
-    right.hist(label.astype(np.float64), bins=61, color="tab:green")
+    right.hist(label, bins=61, color="tab:green")
     right.set(title=f"Soft labels of {len(label):,} pairs", xlabel="soft_label_0, P(image 0 is preferred)")
     write_whole(picture_path, lambda file: figure.savefig(file, format="png", dpi=120))
 
@@ -872,15 +884,14 @@ for SmPO-Diffusion (https://arxiv.org/abs/2506.02698).
 {json.dumps(metadata, indent=2)}
 ```
 """
+    files = {"README.md": card.encode(), path.name: path, picture_path.name: picture_path}
+    if args.with_images:
+        files |= {f"data/{file.name}": file for file in Path(args.with_images).glob(f"{split}-*.parquet")}
+    operations = [CommitOperationAdd(name, file) for name, file in files.items()]
     repo, hub = {"repo_id": args.hub_dataset_id or path.stem, "repo_type": "dataset"}, HfApi()
     try:
         repo["repo_id"] = hub.create_repo(**repo, private=not args.hub_public, exist_ok=True).repo_id
-        hub.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", **repo)
-        for file in (path, picture_path):
-            hub.upload_file(path_or_fileobj=file, path_in_repo=file.name, **repo)
-        if args.with_images:
-            patterns = [f"{split}-*.parquet"]
-            hub.upload_folder(folder_path=args.with_images, path_in_repo="data", allow_patterns=patterns, **repo)
+        hub.create_commit(**repo, operations=operations, commit_message="Soft preference labels")
     except Exception as error:  # over the years huggingface_hub has had the errors of two HTTP libraries
         advice = "Start the same command again to upload it."
         raise UserError(f"--push_to_hub: {path} is written, and cannot be uploaded: {error}\n{advice}") from error
@@ -916,42 +927,36 @@ def named_sources(values, flag, taken, problems):
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description="Writes the soft preference of each pair of a data set.")
     add = parser.add_argument_group("data", "Give one of --dataset_name and --scores_from.").add_argument
-    add("--dataset_name", help=f"Data set: {DATASET_ACCEPTED}.")
+    add("--dataset_name", type=os.path.expanduser, help=f"Data set: {DATASET_ACCEPTED}.")
     add("--dataset_config_name", help="Configuration of the data set, if it has several.")
     add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
-    text = "Read a data set on the Hub in place; otherwise it is downloaded first."
-    add("--streaming", action="store_true", help=text)
+    add("--streaming", action="store_true", help="Read a data set on the Hub in place, not downloaded first.")
     add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")
     add("--caption_column", default="caption", help="Prompt of the images.")
     text = "What names images 0 and 1, and the comparison if known."
     add("--key_columns", nargs="+", default=LABEL_KEYS, help=text)
     add("--human_label_column", default="label_0", help="In {0, 0.5, 1}; ties are left out. May be missing.")
-    text = "Labels file whose raw scores to take: new ranges or weights need neither data set nor model."
-    add("--scores_from", help=text)
+    add("--scores_from", type=os.path.expanduser, help="Labels file whose raw scores to give new ranges or weights.")
 
     add = parser.add_argument_group("reward model").add_argument
     text = "CLIP-style models that score, each PATH or NAME=PATH: Hub names or folders."
     add("--reward_model", nargs="+", default=[PICKSCORE], help=text)
     add("--reward_model_revision", nargs="+", help="Revision of each reward model on the Hub.")
     text = f"Processor of each reward model. Default: the model's own; for PickScore {PICKSCORE_PROCESSOR}."
-    add("--reward_processor", nargs="+", help=text)
+    add("--reward_processor", type=os.path.expanduser, nargs="+", help=text)
     add("--reward_weights", type=float, nargs="+", help="Weight of each reward in the label. Default: all equal.")
-    text = "Lower end of each reward's range. Default: the lowest score found. Needs --score_max."
-    add("--score_min", type=float, nargs="+", help=text)
-    text = "Upper end of each reward's range. Default: the highest score found. Needs --score_min."
-    add("--score_max", type=float, nargs="+", help=text)
+    add("--score_min", type=float, nargs="+", help="Lower end of each reward's range. Default: the lowest score.")
+    add("--score_max", type=float, nargs="+", help="Upper end of each reward's range. Default: the highest score.")
 
     add = parser.add_argument_group("memory and speed").add_argument
     text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
     add("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
-    add("--batch_size", type=positive_int, default=128, help="Images at a time; fewer where they do not fit.")
-    text = "Processes that read and decode images. Default: the machine's cores, shared out to its processes."
-    add("--dataloader_num_workers", type=int, help=text)
+    add("--batch_size", type=positive_int, default=64, help="Pairs at a time; fewer where they do not fit.")
+    add("--dataloader_num_workers", type=int, help="Processes that read images. Default: the cores, shared out.")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_path", required=True, help="Parquet file to write. It must not exist.")
-    text = "Also write a full copy of the data set, scores and labels added, as Parquet files into this folder."
-    add("--with_images", metavar="FOLDER", help=text)
+    add("--output_path", type=os.path.expanduser, required=True, help="Parquet file to write. It must not exist.")
+    add("--with_images", type=os.path.expanduser, metavar="FOLDER", help="Also copy data set and labels to here.")
     add("--push_to_hub", action="store_true", help="Upload what was written to a data set repository.")
     add("--hub_dataset_id", help="Repository to upload to. Default: the name of --output_path.")
     add("--hub_public", action="store_true", help="Make a new repository public, not private.")
@@ -962,7 +967,7 @@ def parse_args(input_args=None):
 
 
 def resolve(args, default_of):
-    """Fills in the defaults that depend on other flags, expands `~`, and turns --reward_model into `{name: path}`.
+    """Fills in the defaults that depend on other flags, and turns --reward_model into `{name: path}`.
 
     Raises `UserError` with every problem that the flags together show, one a line, before anything is loaded.
     """
@@ -970,8 +975,6 @@ def resolve(args, default_of):
     of_labels = {"dataset_name", "scores_from", "output_path", "reward_weights", "score_min", "score_max"}
     of_labels |= {"push_to_hub", "hub_dataset_id", "hub_public"}
     idle = [name for name in vars(args) if name not in of_labels and getattr(args, name) != default_of(name)]
-    for name in ("dataset_name", "scores_from", "output_path", "with_images"):
-        setattr(args, name, os.path.expanduser(getattr(args, name) or "") or None)
     if bool(args.dataset_name) == bool(args.scores_from):
         problems.append("Give the pairs with one of --dataset_name and --scores_from.")
     if args.scores_from and idle:
@@ -981,12 +984,11 @@ def resolve(args, default_of):
     path, folder, picture_path = output_paths(args)
     if path.suffix != ".parquet":
         problems.append(f"--output_path must end in .parquet, got {path}.")
-    repeatable = (folder / "run.json").exists() or (
-        args.scores_from and args.push_to_hub
-    )  # the upload may have failed
-    if (path.exists() and not repeatable) or (picture_path.exists() and not path.exists()):
-        existing = path if path.exists() else picture_path
-        problems.append(f"--output_path: {existing} exists. Move it away, or write another file.")
+    # Labels are there, and the command is accepted again, after an upload that failed.
+    may_exist = path.exists() and (any(folder.glob("*/run.json")) or (args.scores_from and args.push_to_hub))
+    existing = [file for file in (path, picture_path) if file.exists() and not may_exist]
+    if existing:
+        problems.append(f"--output_path: {existing[0]} exists. Move it away, or write another file.")
     if args.with_images and Path(args.with_images).exists() and not Path(args.with_images).is_dir():
         problems.append(f"--with_images {args.with_images} is not a folder.")
     if (args.hub_dataset_id or args.hub_public) and not args.push_to_hub:
@@ -1009,31 +1011,16 @@ def resolve(args, default_of):
     weights = args.reward_weights or [1]
     if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
         problems.append(f"--reward_weights must not be negative, and one must be positive, got {weights}.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if args.dataloader_num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.dataloader_num_workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if args.dataloader_num_workers < 0:
         problems.append(f"--dataloader_num_workers must not be negative, got {args.dataloader_num_workers}.")
     if problems:
         raise UserError("\n".join(problems))
     own = [PICKSCORE_PROCESSOR if model == PICKSCORE else model for model in args.reward_model.values()]
-    args.reward_processor = [os.path.expanduser(name) for name in args.reward_processor or own]
+    args.reward_processor = args.reward_processor or own
     args.reward_model_revision = args.reward_model_revision or [None] * count
-
-
-def output_paths(args):
-    """The labels file, the folder in which scores are kept until all is done, and the picture."""
-    path = Path(args.output_path)
-    return path, path.with_suffix(".scores"), path.with_suffix(".png")
-
-
-def remove_run(folder):
-    """Removes what a run wrote into its folder, and the folder if nothing else is in it."""
-    for pattern in ("run.json", "models.json", "rows.parquet", "piece-*.parquet", "again-*.parquet", ".*.tmp"):
-        for path in folder.glob(pattern):
-            path.unlink()
-    if not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def main(args):
@@ -1041,15 +1028,15 @@ def main(args):
     state = PartialState(cpu=on_cpu, timeout=MERGE_TIMEOUT)
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     args.dtype = args.dtype or ("float32" if state.device.type == "cpu" else "float16")
-    path, folder, picture_path = output_paths(args)
+    path, _, picture_path = output_paths(args)
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.scores_from:
         labels, metadata = read_raw_labels(args)
     else:
         shards, commit = open_data(args)
-        rows = start_run(shards, commit, folder, args)
-        found = score_data_set(rows, shards, folder, args)
-        labels, metadata = raw_labels(found, rows, commit, folder, args)
+        folder, rows, sources = start_run(shards, commit, args)
+        found = score_data_set(rows, shards, sources, folder, args)
+        labels, metadata = raw_labels(found, rows, sources, commit, args)
     labels = add_soft_labels(labels, metadata, args)
     if args.with_images:
         write_copy(shards, labels, Path(args.with_images), args)

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # everything that the tests need lies in tes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import signal
+import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ def labels_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """Runs of train_smpo_sd15.py in processes of their own, which start in a second."""
+    """Runs of train_smpo_sd15.py, or of another module, in processes of their own, which start in a second."""
     log = tmp_path_factory.mktemp("server") / "log.txt"
     with ForkServer("train_smpo_sd15", log, PYTHONHASHSEED="1") as server:
         yield server
@@ -215,7 +216,7 @@ def unet_weights(folder):
     """Weights of the UNet in a folder, as a dict of tensors."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32).state_dict()
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict()
 
 
 def names_in(folder):
@@ -224,8 +225,6 @@ def names_in(folder):
 
 def run_script(*args, cwd, launcher=()):
     """Runs a script in a process of its own, as a user does, and returns its output."""
-    import subprocess
-
     command = [sys.executable, *launcher, *(str(arg) for arg in args)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Imports a module once and runs its `main(parse_args(ARGUMENTS))` in forked processes, whenever it is asked to.
+"""Imports a module once and runs its or another's `main(parse_args(ARGUMENTS))` in forked processes, when asked to.
 
     python tests/fork_server.py train_smpo_sd15 DESCRIPTOR
 
@@ -22,9 +22,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def main():
-    module, answers = importlib.import_module(sys.argv[1]), open(int(sys.argv[2]), "w")
+    importlib.import_module(sys.argv[1])  # and with it the libraries that take seconds
+    answers = open(int(sys.argv[2]), "w")
     for line in sys.stdin:
-        args, num_processes, environment = json.loads(line)
+        module, args, num_processes, environment = json.loads(line)
         world = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         group = 0
         for rank in reversed(range(num_processes)):
@@ -44,6 +45,7 @@ def main():
 def exit_code(module, args):
     code = 1
     try:
+        module = importlib.import_module(module)
         module.main(module.parse_args(args))
         code = 0
     except SystemExit as error:
@@ -62,10 +64,10 @@ def free_port():
 
 
 class ForkServer:
-    """Runs of a module, one at a time, each in a process group of its own."""
+    """Runs of a module, or of another one where a run names it, one at a time, each in a process group of its own."""
 
     def __init__(self, module, log, **environment):
-        self.group, self.log, self.start_of_output = None, Path(log), 0
+        self.module, self.group, self.log, self.start_of_output = module, None, Path(log), 0
         answers, write_end = os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, __file__, module, str(write_end)],
@@ -75,11 +77,11 @@ class ForkServer:
         os.close(write_end)
         self.answers = open(answers)
 
-    def start(self, args, num_processes=1, **environment):
+    def start(self, args, num_processes=1, module=None, **environment):
         """Returns the id of the process, of several that of the last rank's, which is their group's too."""
         self.end()
         self.start_of_output = self.log.stat().st_size
-        self.process.stdin.write(json.dumps([args, num_processes, environment]) + "\n")
+        self.process.stdin.write(json.dumps([module or self.module, args, num_processes, environment]) + "\n")
         self.process.stdin.flush()
         self.group = int(self.answers.readline())
         return self.group
@@ -96,8 +98,8 @@ class ForkServer:
             self.answers.readline()
             self.group = None
 
-    def run(self, args, num_processes=1, **environment):
-        self.start(args, num_processes, **environment)
+    def run(self, args, num_processes=1, module=None, **environment):
+        self.start(args, num_processes, module, **environment)
         return self.wait()
 
     def output(self):

@@ -4,24 +4,17 @@
         subprocess.run([...], env={**os.environ, **hub.environment(home)})
 
 The folder `root/user/name` is the repository `user/name`. It can be read with `datasets.load_dataset` (streaming or
-not), through `hf://` paths, by ranges of bytes, and with `hf_hub_download` and `snapshot_download`. It can be made and
-written to with `create_repo`, `upload_file`, `upload_folder` and the other calls that commit to a repository, given
-any token, unless the Hub is `read_only`.
-
-A commit's hash is that of the repository's files, so they may be changed on disk as well. Of an earlier commit, the
-files that have not changed since are served. Not supported: repositories of models and Spaces, branches other than
-`main`, tags, pull requests, history, long listings in pages, LFS and Xet: what is uploaded comes within the commit.
-`push_to_hub` of `datasets` counts on LFS and does not work.
+not), through `hf://` paths, by ranges of bytes, and with `hf_hub_download`, and written to with `create_repo` and
+`create_commit` of new files, given any token, unless the Hub is `read_only`. A commit's hash is that of the names,
+sizes and times of the files on disk. There is one branch, `main`, and no LFS: uploads come within the commit.
 """
 
 import base64
-import functools
 import hashlib
 import io
 import json
 import os
 import re
-import shutil
 import sys
 import threading
 from contextlib import contextmanager
@@ -54,30 +47,16 @@ class HubError(Exception):
         self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
 
 
-@functools.lru_cache(maxsize=None)
-def git_blob(path, size, changed):
-    """The hash that git gives to a file's content; `size` and `changed` only tell one content from the next."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
 class Hub(ThreadingHTTPServer):
-    """The server: its `endpoint`, what it was asked and how many bytes of bodies it sent.
-
-    `requests` holds `(method, path, range)` in the order of arrival, with None for a request of the whole.
-    """
+    """The server: its `endpoint`; its `requests` in the order of arrival, `(method, path, range)` with None for all of
+    a file; whether it is `read_only`; and `private`, `{repository: as asked}`."""
 
     request_queue_size = 128
 
     def __init__(self, root):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.endpoint = Path(os.path.abspath(root)), f"http://127.0.0.1:{self.server_port}"
-        self.requests, self.bytes_sent = [], 0
-        self.commits, self.lock = {}, threading.RLock()
-        self.read_only, self.private = (
-            threading.Event(),
-            {},
-        )  # whether all writing is refused; `{repository: as asked}`
+        self.requests, self.read_only, self.private = [], threading.Event(), {}
 
     def environment(self, home):
         """Variables that point the clients of a new process here, with all of their caches below `home`."""
@@ -101,20 +80,15 @@ class Hub(ThreadingHTTPServer):
         folder = self.root / repo
         if not folder.is_dir():
             raise HubError(404, "Repository not found", "RepoNotFound")
-        with self.lock:
-            files = {}
-            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-                name, stat = path.relative_to(folder).as_posix(), path.stat()
-                oid = git_blob(path, stat.st_size, stat.st_mtime_ns)
-                files[name] = {"type": "file", "path": name, "size": stat.st_size, "oid": oid}
-            sha = hashlib.sha1(json.dumps([repo, files]).encode()).hexdigest()
-            self.commits[repo, sha] = files
-        if revision in ("main", sha):
-            return sha, files
-        if (repo, revision) not in self.commits:
+        files = {}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name, stat = path.relative_to(folder).as_posix(), path.stat()
+            oid = hashlib.sha1(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+            files[name] = {"type": "file", "path": name, "size": stat.st_size, "oid": oid}
+        sha = hashlib.sha1(json.dumps([repo, files]).encode()).hexdigest()
+        if revision not in ("main", sha):
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        earlier = self.commits[repo, revision]
-        return revision, {name: entry for name, entry in earlier.items() if files.get(name) == entry}
+        return sha, files
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -157,8 +131,6 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         while self.command != "HEAD" and length and (chunk := file.read(min(length, 65536))):
-            with self.server.lock:
-                self.server.bytes_sent += len(chunk)
             self.wfile.write(chunk)
             length -= len(chunk)
 
@@ -181,16 +153,8 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, repo, revision="main"):
         sha, files = self.server.snapshot(repo, revision)
         siblings = [{"rfilename": name, "size": file["size"], "blobId": file["oid"]} for name, file in files.items()]
-        self.send_json(
-            {
-                "id": repo,
-                "sha": sha,
-                "siblings": siblings,
-                "private": self.server.private.get(repo, False),
-                "gated": False,
-                "tags": [],
-            }
-        )
+        about = {"private": self.server.private.get(repo, False), "gated": False, "tags": []}
+        self.send_json({"id": repo, "sha": sha, "siblings": siblings, **about})
 
     def tree(self, repo, revision, path=""):
         _, files = self.server.snapshot(repo, revision)
@@ -224,37 +188,24 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"url": f"{self.server.endpoint}/datasets/{repo}", **error}, 409 if exists else 200)
 
     def preupload(self, repo, revision):
-        sha, files = self.server.snapshot(repo, revision)
-        modes = [
-            {"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": files.get(path, {}).get("oid")}
-            for path in (file["path"] for file in json.loads(self.body)["files"])
-        ]
+        sha, _ = self.server.snapshot(repo, revision)
+        names = [file["path"] for file in json.loads(self.body)["files"]]
+        modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
         self.send_json({"files": modes, "commitOid": sha})
 
     def commit(self, repo, revision):
         if revision != "main" or "create_pr" in self.query:
             raise HubError(400, "Commits can only go to main")
-        (_, header), *operations = [(line["key"], line["value"]) for line in map(json.loads, self.body.splitlines())]
-        with self.server.lock:
-            before, _ = self.server.snapshot(repo, revision)
-            if header.get("parentCommit", before) != before:
-                raise HubError(412, "A commit has happened since. Please refresh and try again.")
-            folder, paths = self.server.root / repo, []
-            for key, value in operations:
-                paths.append(Path(os.path.abspath(folder / value["path"])))
-                if key not in ("file", "deletedFile", "deletedFolder") or folder not in paths[-1].parents:
-                    raise HubError(400, f"Not supported: {key} of {value['path']}")
-                if key != "file" and not paths[-1].exists():
-                    raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
-            for (key, value), path in zip(operations, paths):
-                if key == "deletedFolder":
-                    shutil.rmtree(path)
-                    continue
-                path.unlink(missing_ok=True)  # one who is reading the old file reads it to its end
-                if key == "file":
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(base64.b64decode(value["content"]))
-            sha, _ = self.server.snapshot(repo, revision)
+        folder = self.server.root / repo
+        _, *operations = map(json.loads, self.body.splitlines())
+        for operation in operations:
+            path = Path(os.path.abspath(folder / operation["value"]["path"]))
+            if operation["key"] != "file" or folder not in path.parents:
+                raise HubError(400, f"Not supported: {operation['key']} of {path}")
+            path.unlink(missing_ok=True)  # one who is reading the old file reads it to its end
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(operation["value"]["content"]))
+        sha, _ = self.server.snapshot(repo, revision)
         url = f"{self.server.endpoint}/datasets/{repo}/commit/{sha}"
         self.send_json({"success": True, "commitOid": sha, "commitUrl": url})
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_labels, command_line, names_in, relabel, split_pairs
+from conftest import ROOT, TINY, assert_same_labels, names_in, relabel, split_pairs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
@@ -40,10 +41,27 @@ def metadata_of(path):
     return json.loads(pq.read_schema(path).metadata[b"smpo_labels"])
 
 
+def with_column(table, name, values):
+    return table.set_column(table.column_names.index(name), name, values)
+
+
 def scores_of(path, name=""):
     """Raw scores `[2, P]` of a labels file, in float64."""
     labels = pq.read_table(path)
     return np.stack([labels[f"score_{side}{name}"].to_numpy().astype(np.float64) for side in (0, 1)])
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Flags of a run on the 64 test pairs, which are three files, and the labels of one."""
+    folder = tmp_path_factory.mktemp("few")
+    table = pq.read_table(TINY / "pairs" / "test.parquet")
+    (folder / "pairs").mkdir()
+    for i in range(3):
+        pq.write_table(table.slice(24 * i, 24), folder / "pairs" / f"{i}.parquet", row_group_size=16)
+    flags = {"dataset_name": folder / "pairs" / "*.parquet", "dataloader_num_workers": 0}
+    relabel(output_path=folder / "labels.parquet", **flags)
+    return SimpleNamespace(table=table, flags=flags, labels=folder / "labels.parquet")
 
 
 def test_labels_of_the_tiny_pairs(labels_path):
@@ -62,7 +80,6 @@ def test_labels_of_the_tiny_pairs(labels_path):
     assert metadata["num_rows"] == len(pairs) and metadata["num_invalid"] == 5
     assert metadata["range_from"] == "the scores" and metadata["dataset_split_name"] == "train"
     assert metadata["dataset_name"] == "pairs" and str(TINY) not in json.dumps(metadata)  # no paths of this machine
-    assert reward["image_processor"] in ("CLIPImageProcessor", "CLIPImageProcessorPil")  # not the torchvision one
 
     normalised = (scores - np.nanmin(scores)) / (np.nanmax(scores) - np.nanmin(scores))
     soft = np.exp(normalised[0]) / np.exp(normalised).sum(axis=0)
@@ -71,7 +88,13 @@ def test_labels_of_the_tiny_pairs(labels_path):
     # The damaged rows, and no others, have no label; their other image is still scored.
     assert np.array_equal(~valid, np.isnan(scores[0])) and not np.isnan(scores[1]).any()
     assert labels["soft_label_0"].is_null().to_numpy().tolist() == (~valid).tolist()
+    # It is fit for few rows.
+    file = pq.ParquetFile(labels_path)
+    column = file.metadata.row_group(0).column(labels.column_names.index("soft_label_0"))
+    assert column.has_offset_index and column.has_column_index and column.compression == "ZSTD"
     assert pa.types.is_float32(labels.schema.field("soft_label_0").type)
+    assert not labels_path.with_suffix(".scores").exists()
+    assert Image.open(labels_path.with_suffix(".png")).size == (1200, 420)
 
 
 def test_scores_are_the_models_cosines(labels_path):
@@ -105,17 +128,17 @@ def test_workers_read_and_preprocess_as_the_processor_does(tmp_path):
 
     args = parse_args(["--dataset_name", str(tmp_path), "--output_path", "labels.parquet", "--dtype", "float32"])
     shards, scored = Shards([str(tmp_path / "pairs.parquet")]), np.arange(10) % 2 == 0
-    dataset = PieceImages(shards, cut_pieces(shards.row_groups), scored, 2, {"clip": processor}, args)
+    captions = np.array([f"caption {place}" for place in range(10)], dtype=object)
+    dataset = PieceImages(shards, cut_pieces(shards.row_groups), scored, captions, 2, {"clip": processor}, args)
     items = list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2))
     assert f"{os.getpid()}.reader" not in names_in(tmp_path) and len(list(tmp_path.glob("*.reader"))) == 2
-    batches = {(item["piece"].start, *item["places"].tolist()): item for item in items}
-    assert batches.keys() == {(0, 0, 2), (0, 4), (3, 0, 2), (3,)}
-    for (start, *places), item in batches.items():
-        for place, pixels in zip(places, item["pixels"]["clip"] if places else []):
-            expected = processor(images=images[start + place // 2], return_tensors="pt")["pixel_values"][0]
-            assert torch.equal(pixels, expected)
-    hashes = torch.cat([batches[key]["hashes"] for key in ((0, 4), (3,))])
-    assert len(set(hashes.tolist())) == 10  # bytes, not pixels
+    seen = sorted((item["piece"].start, item["captions"], len(item["hashes"])) for item in items)
+    assert seen == [(0, ["caption 0", "caption 2"], 4), (0, ["caption 4"], 2), (3, ["caption 6", "caption 8"], 4)]
+    for item in items:
+        for caption, pixels in zip(item["captions"], item["pixels"]["clip"], strict=True):
+            image = images[int(caption.split()[1]) // 2]
+            assert torch.equal(pixels, processor(images=image, return_tensors="pt")["pixel_values"][0])
+    assert len(set(torch.cat([item["hashes"] for item in items]).tolist())) == 10  # bytes, not pixels
 
 
 def test_pieces_cover_each_row_once():
@@ -150,9 +173,9 @@ def embedded(monkeypatch):
 
 
 def test_each_image_is_scored_once(labels_path, embedded, tmp_path):
-    """And each caption once a batch."""
+    """And each caption once a batch, of whatever size."""
     shards = split_pairs(tmp_path / "shards", 20)
-    relabel(dataset_name=shards / "*.parquet", output_path=tmp_path / "labels.parquet", batch_size=48)
+    relabel(dataset_name=shards / "*.parquet", output_path=tmp_path / "labels.parquet", batch_size=24)
     pairs = pq.read_table(TINY / "pairs" / "train.parquet").to_pandas()
     images = {(uid, row.caption) for row in pairs.itertuples() for uid in (row.image_0_uid, row.image_1_uid)}
     num_damaged = len({row.image_0_uid for row in pairs.itertuples() if not decodes(row.jpg_0)})
@@ -161,7 +184,7 @@ def test_each_image_is_scored_once(labels_path, embedded, tmp_path):
     assert_same_labels(tmp_path / "labels.parquet", labels_path, atol=1e-6)
 
 
-def test_batches_shrink_until_they_fit(labels_path, embedded, tmp_path, monkeypatch):
+def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
     """With real failures to allocate memory; and another error is not taken for one."""
     embed_images = relabel_pickapic.embed_images
 
@@ -170,24 +193,12 @@ def test_batches_shrink_until_they_fit(labels_path, embedded, tmp_path, monkeypa
         return embed_images(model, pixels)
 
     monkeypatch.setattr(relabel_pickapic, "embed_images", allocate)
-    relabel(output_path=tmp_path / "labels.parquet", batch_size=16)
+    relabel(output_path=tmp_path / "labels.parquet", batch_size=8, **few.flags)
     assert max(map(len, embedded["embed_images"])) == 10
-    assert_same_labels(tmp_path / "labels.parquet", labels_path, atol=1e-6)
+    assert_same_labels(tmp_path / "labels.parquet", few.labels, atol=1e-6)
     monkeypatch.setattr(relabel_pickapic, "embed_images", lambda *args: (_ for _ in ()).throw(RuntimeError("another")))
     with pytest.raises(RuntimeError, match="another"):
-        relabel(output_path=tmp_path / "labels-2.parquet")
-
-
-def test_published_range_and_batch_size_leave_the_scores_alone(labels_path, tmp_path):
-    path = tmp_path / "labels.parquet"
-    relabel(output_path=path, batch_size=7, score_min=0.1, score_max=0.3)
-    scores = scores_of(path)
-    np.testing.assert_allclose(scores, scores_of(labels_path), atol=1e-6)
-    expected = 1 / (1 + np.exp(-(scores[0] - scores[1]) / 0.2))
-    np.testing.assert_allclose(pq.read_table(path)["soft_label_0"].to_numpy(), expected, rtol=1e-5)
-    assert (
-        metadata_of(path)["range_from"] == "the command line" and metadata_of(path)["rewards"][0]["score_max"] == 0.3
-    )
+        relabel(output_path=tmp_path / "labels-2.parquet", **few.flags)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +233,7 @@ def test_published_range_and_batch_size_leave_the_scores_alone(labels_path, tmp_
         ({"reward_model": TINY / "sd15" / "text_encoder"}, "is a .*, not a CLIP-style model"),
         ({"reward_model": "~/no/such/model"}, "--reward_model /.*/no/such/model cannot be loaded"),
         ({"dataset_split_name": "validation"}, "--dataset_split_name validation cannot be loaded"),
+        ({"dataset_name": ROOT / "pyproject.toml"}, "(?s)is a file and not Parquet.*Accepted: a Hub name, a folder"),
         ({"image_columns": ["jpg_0", "caption"]}, "--image_columns caption holds string, not encoded images"),
         ({"caption_column": "label_0"}, "--caption_column label_0 holds double, not texts"),
         ({"human_label_column": "caption"}, "--human_label_column caption holds string, not numbers"),
@@ -248,7 +260,7 @@ def test_data_without_rows_captions_or_images(tmp_path):
     ]:
         changed = table.slice(0, 0) if name == "empty" else table
         for column in columns:
-            changed = changed.set_column(table.column_names.index(column), column, blank[column])
+            changed = with_column(changed, column, blank[column])
         pq.write_table(changed, tmp_path / f"{name}.parquet")
         with pytest.raises(UserError, match=message):
             relabel(dataset_name=tmp_path / f"{name}.parquet", output_path=tmp_path / f"{name}-labels.parquet")
@@ -269,8 +281,7 @@ def test_what_is_there_is_never_overwritten(tmp_path):
         (tmp_path / name).unlink()
     (tmp_path / "labels.scores").mkdir()
     (tmp_path / "labels.scores" / "notes.txt").write_text("what took a day")
-    with pytest.raises(UserError, match="labels.scores is where scores are kept, and holds notes.txt: move"):
-        relabel(output_path=tmp_path / "labels.parquet")
+    relabel(dataset_split_name="test", output_path=tmp_path / "labels.parquet")
     assert names_in(tmp_path / "labels.scores") == {"notes.txt"}
 
 
@@ -307,14 +318,14 @@ def other_reward(tmp_path_factory):
     return folder
 
 
-def test_several_rewards_and_their_mix(other_reward, labels_path, tmp_path):
+def test_several_rewards_and_their_mix(other_reward, few, tmp_path):
     models = [f"pick={TINY / 'pickscore'}", f"other={other_reward}"]
-    relabel(reward_model=models, reward_weights=[3, 1], output_path=tmp_path / "both.parquet")
-    relabel(reward_model=other_reward, output_path=tmp_path / "other.parquet")
+    relabel(reward_model=models, reward_weights=[3, 1], output_path=tmp_path / "both.parquet", **few.flags)
+    relabel(reward_model=other_reward, output_path=tmp_path / "other.parquet", **few.flags)
     both = pq.read_table(tmp_path / "both.parquet")
     assert both.column_names[4:9] == ["score_0_pick", "score_1_pick", "score_0_other", "score_1_other", "soft_label_0"]
     gaps = []
-    for name, alone in (("_pick", labels_path), ("_other", tmp_path / "other.parquet")):
+    for name, alone in (("_pick", few.labels), ("_other", tmp_path / "other.parquet")):
         scores = scores_of(tmp_path / "both.parquet", name)
         np.testing.assert_array_equal(scores, scores_of(alone))
         gaps.append((scores[0] - scores[1]) / (np.nanmax(scores) - np.nanmin(scores)))
@@ -339,15 +350,22 @@ def from_scores(path, output_path, **flags):
     relabel(dataset_name=None, reward_model=None, scores_from=path, output_path=output_path, **flags)
 
 
-def test_labels_from_scores_are_those_of_a_run_with_the_range(labels_path, tmp_path):
+def test_labels_from_scores_are_those_of_a_run_with_the_range(few, tmp_path):
     """And the folder of another run, or of the user's, that would belong to the output stays."""
     flags = {"score_min": 0.1, "score_max": 0.3}
     (tmp_path / "taken.scores").mkdir()
-    (tmp_path / "taken.scores" / "piece-000000.parquet").write_text("what took a day")
-    relabel(output_path=tmp_path / "scored.parquet", **flags)
-    from_scores(labels_path, tmp_path / "taken.parquet", **flags)
+    (tmp_path / "taken.scores" / "notes.txt").write_text("what took a day")
+    relabel(output_path=tmp_path / "scored.parquet", **flags, **few.flags)
+    from_scores(few.labels, tmp_path / "taken.parquet", **flags)
     assert (tmp_path / "scored.parquet").read_bytes() == (tmp_path / "taken.parquet").read_bytes()
-    assert names_in(tmp_path / "taken.scores") == {"piece-000000.parquet"}
+    assert names_in(tmp_path / "taken.scores") == {"notes.txt"}
+    scores, metadata = scores_of(tmp_path / "taken.parquet"), metadata_of(tmp_path / "taken.parquet")
+    np.testing.assert_array_equal(scores, scores_of(few.labels))
+    expected = 1 / (1 + np.exp(-(scores[0] - scores[1]) / 0.2))
+    np.testing.assert_allclose(
+        pq.read_table(tmp_path / "taken.parquet")["soft_label_0"].to_numpy(), expected, rtol=1e-5
+    )
+    assert metadata["range_from"] == "the command line" and metadata["rewards"][0]["score_max"] == 0.3
 
 
 def test_scores_come_from_labels_files_only(tmp_path):
@@ -415,7 +433,8 @@ def test_one_uid_with_other_bytes_is_another_image(tmp_path):
         row["image_0_uid"], row["image_1_uid"] = f"left {i}", f"right {i}"
     pq.write_table(pa.Table.from_pylist(pairs), tmp_path / "distinct.parquet")
     for name in ("shared", "distinct"):
-        relabel(dataset_name=tmp_path / f"{name}.parquet", output_path=tmp_path / name / "labels.parquet")
+        flags = {"dataset_name": tmp_path / f"{name}.parquet", "dataloader_num_workers": 0}
+        relabel(output_path=tmp_path / name / "labels.parquet", **flags)
     shared, distinct = (rows_of(tmp_path / name / "labels.parquet") for name in ("shared", "distinct"))
     for one, other in zip(shared, distinct):
         assert one["valid"] == other["valid"] and one["invalid_reason"] == other["invalid_reason"]
@@ -426,7 +445,7 @@ def test_one_uid_with_other_bytes_is_another_image(tmp_path):
     assert shared[5]["score_0"] == shared[9]["score_0"]
 
 
-def test_a_score_that_is_not_finite_has_no_label(tmp_path):
+def test_a_score_that_is_not_finite_has_no_label(few, tmp_path):
     """A model that answers NaN to one word."""
     shutil.copytree(TINY / "pickscore", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
@@ -435,10 +454,9 @@ def test_a_score_that_is_not_finite_has_no_label(tmp_path):
     (name,) = [name for name in weights if name.endswith("token_embedding.weight")]
     weights[name][token] = float("nan")
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    relabel(reward_model=tmp_path / "model", output_path=tmp_path / "labels.parquet")
-    captions = pq.read_table(TINY / "pairs" / "train.parquet")["caption"].to_pylist()
+    relabel(reward_model=tmp_path / "model", output_path=tmp_path / "labels.parquet", **few.flags)
     rows = rows_of(tmp_path / "labels.parquet")
-    red = [token in processor.tokenizer(caption)["input_ids"] for caption in captions]
+    red = [token in processor.tokenizer(caption)["input_ids"] for caption in few.table["caption"].to_pylist()]
     assert 0 < sum(red) < len(rows)
     for row, is_red in zip(rows, red):
         if is_red:
@@ -451,28 +469,18 @@ def test_a_score_that_is_not_finite_has_no_label(tmp_path):
 # What is written
 
 
-def test_the_labels_file_is_fit_for_few_rows(labels_path):
-    file = pq.ParquetFile(labels_path)
-    column = file.metadata.row_group(0).column(file.schema_arrow.names.index("soft_label_0"))
-    assert column.has_offset_index and column.has_column_index and column.compression == "ZSTD"
-    assert not labels_path.with_suffix(".scores").exists()
-    assert Image.open(labels_path.with_suffix(".png")).size == (1200, 420)
-
-
-def test_a_copy_with_images(labels_path, tmp_path):
+def test_a_copy_with_images(few, tmp_path):
     """Parquet files like the source's, which `datasets` reads, with labels; finished ones are kept."""
-    shards, copy = split_pairs(tmp_path / "shards", 200), tmp_path / "copy"
-    flags = {"dataset_name": shards / "*.parquet", "with_images": copy}
+    copy = tmp_path / "copy"
+    flags = {**few.flags, "with_images": copy}
     relabel(output_path=tmp_path / "labels.parquet", **flags)
     names = [f"train-{i:05d}-of-00003.parquet" for i in range(3)]
-    assert sorted(path.name for path in copy.iterdir()) == names
-    data = datasets.load_dataset(str(copy), split="train", cache_dir=tmp_path / "cache")
-    pairs = pq.read_table(TINY / "pairs" / "train.parquet")
-    labels = pq.read_table(tmp_path / "labels.parquet")
-    for column in pairs.column_names:
-        assert data.with_format("arrow")[:][column].to_pylist() == pairs[column].to_pylist()
-    for column in ("score_0", "score_1", "soft_label_0", "valid", "invalid_reason"):
-        assert data.with_format("arrow")[:][column].to_pylist() == labels[column].to_pylist()
+    assert names_in(copy) == set(names)
+    data = datasets.load_dataset(str(copy), split="train", cache_dir=tmp_path / "cache").with_format("arrow")[:]
+    labels = pq.read_table(few.labels).drop_columns(["image_0_uid", "image_1_uid", "ranking_id", "label_0"])
+    assert data.column_names == [*few.table.column_names, *labels.column_names]
+    for table in (few.table, labels):
+        assert data.select(table.column_names).to_pylist() == table.to_pylist()
 
     before = (copy / names[1]).stat().st_mtime_ns
     (copy / names[0]).unlink()
@@ -581,15 +589,14 @@ def test_decode_image_refuses_what_is_no_image():
         decode_image(encoded(Image.new("1", (side, side)), "PNG"), [])
 
 
-def test_labels_a_rounding_apart_are_drawn(labels_path, tmp_path):
+def test_labels_a_rounding_apart_are_drawn(few, tmp_path):
     """Soft labels of 0.5 and of its neighbours in fp32, between which fp32 has no room for bins."""
-    labels = pq.read_table(labels_path)
+    labels = pq.read_table(few.labels)
     near = [np.nextafter(np.float32(0.2), np.float32(i % 2)) for i in range(len(labels))]
     for name, values in {"score_0": near, "score_1": [np.float32(0.2)] * len(labels)}.items():
-        labels = labels.set_column(labels.column_names.index(name), name, pa.array(values, pa.float32()))
+        labels = with_column(labels, name, pa.array(values, pa.float32()))
     pq.write_table(labels, tmp_path / "near.parquet")
-    flags = {"scores_from": tmp_path / "near.parquet", "score_min": 0.1, "score_max": 0.3}
     path = tmp_path / "new.parquet"
-    relabel_pickapic.main(relabel_pickapic.parse_args(command_line(output_path=path, **flags)))
+    from_scores(tmp_path / "near.parquet", path, score_min=0.1, score_max=0.3)
     assert path.with_suffix(".png").is_file()
     assert 0 < np.ptp(pq.read_table(path)["soft_label_0"].drop_null().to_numpy()) < 1e-6

@@ -1,5 +1,6 @@
 """No score is lost: killed, broken and divided runs of relabel_pickapic.py, and data that lie on a Hub."""
 
+import io
 import json
 import os
 import random
@@ -8,33 +9,35 @@ import resource
 import shutil
 import signal
 import time
-from contextlib import suppress
-from types import SimpleNamespace
+from contextlib import redirect_stderr, suppress
 
 import datasets
 import hub_server
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_labels, command_line, names_in, relabel, run_script, split_pairs
+from accelerate import PartialState
+from conftest import TINY, assert_same_labels, command_line, names_in, relabel, split_pairs
 from fork_server import ForkServer, wait_for
-from test_standalone import LAUNCH
+from test_relabel import with_column
 
-from relabel_pickapic import UserError
+from relabel_pickapic import UserError, open_data, parse_args, start_run
+
+
+NUM_FILES = 12
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """30 files of 20 pairs; a few images lead to a second look, as other bytes have their uid and caption."""
+    """Files of 20 pairs in two row groups; a few uids come again, with their caption and with other bytes."""
     folder = split_pairs(tmp_path_factory.mktemp("shards") / "pairs", 20)
-    path = folder / "train-00029.parquet"
+    for path in sorted(folder.iterdir())[NUM_FILES:]:
+        path.unlink()
+    path = folder / f"train-{NUM_FILES - 1:05d}.parquet"
     table = pq.read_table(path)
     first = pq.read_table(folder / "train-00000.parquet").slice(0, 3)
-    stolen = pa.concat_tables([first, table.slice(3)]).set_column(
-        table.column_names.index("jpg_1"), "jpg_1", table["jpg_1"]
-    )
+    stolen = with_column(pa.concat_tables([first, table.slice(3)]), "jpg_1", table["jpg_1"])
     pq.write_table(stolen, path, row_group_size=16)
     return folder / "*.parquet"
 
@@ -72,10 +75,17 @@ def flags_of(path, **flags):
     return command_line(**{"reward_model": TINY / "pickscore", "output_path": path, **flags})
 
 
-def pieces_in(folder):
-    """`{piece: its file and time}`; a piece that was scored again would be another file."""
-    found = [*folder.glob("piece-*"), *folder.glob("again-*")]
+def pieces_of(path):
+    """`{piece: its file and time}` of labels; a piece that was scored again would be another file."""
+    folder = path.with_suffix(".scores")
+    found = [*folder.glob("*/piece-*"), *folder.glob("*/again-*")]
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+def stop(server, process):
+    with suppress(ProcessLookupError):  # it has ended
+        os.killpg(process, signal.SIGKILL)
+    return server.wait()
 
 
 def test_the_revision_is_also_the_processors(server, labels_path, tmp_path):
@@ -93,15 +103,13 @@ def test_killed_again_and_again(server, shards, whole, num_kills, tmp_path):
     rng, killed, finished, path = random.Random(0), 0, 0, tmp_path / "labels.parquet"
     folder, args = path.with_suffix(".scores"), flags_of(path, dataset_name=shards)
     while killed < num_kills or not finished:
-        before = pieces_in(folder)
+        before = pieces_of(path)
         process = server.start(args)
-        wait_for(lambda: pieces_in(folder).keys() - before.keys() or len(before) > 60 or path.exists())
+        wait_for(lambda: pieces_of(path).keys() - before.keys() or len(before) > 2 * NUM_FILES or path.exists())
         time.sleep(rng.uniform(0, 0.2))
-        after = pieces_in(folder)
+        after = pieces_of(path)
         assert not folder.exists() or path.exists() or before.items() <= after.items()
-        with suppress(ProcessLookupError):  # it has ended
-            os.killpg(process, signal.SIGKILL)
-        killed += server.wait() == -signal.SIGKILL
+        killed += stop(server, process) == -signal.SIGKILL
         if path.exists():
             assert path.read_bytes() == whole.read_bytes()
             finished += 1
@@ -110,21 +118,23 @@ def test_killed_again_and_again(server, shards, whole, num_kills, tmp_path):
     assert killed >= num_kills
 
 
-@pytest.mark.parametrize("limit", [400, 3_000, 30_000])
-def test_a_disk_without_room(limit, shards, whole, tmp_path):
+def test_a_disk_without_room(shards, whole, tmp_path):
     """Of what is written first not all fits. What was finished is kept, and used."""
     path = tmp_path / "labels.parquet"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(
-            UserError, match=f"{tmp_path}/.* cannot be written: .*What was finished .* is kept: make room"
-        ):
-            # Without worker processes: the limit would be one of the memory that they share, too.
-            relabel(dataset_name=shards, output_path=path, dataloader_num_workers=0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list(path.with_suffix(".scores").glob(".*.tmp"))
+    found = []
+    for limit in (100, 2_000, 10_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(UserError, match=f"{tmp_path}/.* cannot be written: .*What was .* is kept: make room"):
+                # Without worker processes: the limit would be one of the memory that they share, too.
+                with redirect_stderr(io.StringIO()):  # else into a file, of pytest
+                    relabel(dataset_name=shards, output_path=path, dataloader_num_workers=0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert not list(tmp_path.rglob("*.tmp"))
+        found.append(pieces_of(path))
+    assert not found[0] and found[1].items() <= found[2].items() and len(found[2]) > 2 * NUM_FILES
     relabel(dataset_name=shards, output_path=path)
     assert path.read_bytes() == whole.read_bytes()
 
@@ -134,11 +144,11 @@ def test_a_disk_without_room(limit, shards, whole, tmp_path):
 
 def test_a_file_without_its_end_is_named_before_anything_is_scored(shards, tmp_path):
     shutil.copytree(shards.parent, tmp_path / "pairs")
-    for i in (3, 17):
+    for i in (3, 7):
         path = tmp_path / "pairs" / f"train-{i:05d}.parquet"
         path.write_bytes(path.read_bytes()[:-1000])
-    (tmp_path / "pairs" / "train-00020.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match="(?s)3 of 30 Parquet files .*00003.parquet: .*00017.*00020.*Fetch them again"):
+    (tmp_path / "pairs" / "train-00010.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="(?s)3 of 12 Parquet files .*00003.parquet: .*00007.*00010.*Fetch them again"):
         relabel(dataset_name=tmp_path / "pairs" / "*.parquet", output_path=tmp_path / "labels.parquet")
 
 
@@ -154,84 +164,74 @@ def test_a_file_damaged_in_the_middle_holds_up_nothing_else(shards, whole, tmp_p
         UserError, match="(?s)not be read to the end, see above:\n[^\n]*train-00007.parquet\nAll else is"
     ):
         relabel(**flags)
-    pieces = pieces_in(path.with_suffix(".scores"))
-    assert len(pieces) == 58  # two row groups a file but the last
+    assert len(pieces_of(path)) == 2 * NUM_FILES - 1
     shutil.copy(shards.parent / broken.name, broken)
     relabel(**flags)
     assert_same_labels(path, whole)
 
 
-def test_another_run_in_the_folder_is_refused(server, shards, whole, tmp_path):
-    path = tmp_path / "labels.parquet"
-    process = server.start(flags_of(path, dataset_name=shards))
-    wait_for(lambda: pieces_in(path.with_suffix(".scores")))
-    os.killpg(process, signal.SIGKILL)
-    server.wait()
+def test_a_run_is_known_by_all_that_scores_depend_on(shards, tmp_path):
+    """Another one has another folder, and takes nothing over; the same one keeps its models' commits."""
+    PartialState(cpu=True)
+
+    def run(**flags):
+        defaults = {
+            "dataset_name": shards,
+            "reward_model": TINY / "pickscore",
+            "output_path": tmp_path / "labels.parquet",
+        }
+        args = parse_args(command_line(**{**defaults, "dtype": "float32", **flags}))
+        return start_run(*open_data(args), args)
+
+    folder, _, (source,) = run()
+    (folder / "run.json").write_text(json.dumps([{**source, "revision": "a" * 40}]))
+    for flags in ({}, {"batch_size": 5}, {"score_min": -1, "score_max": 1}, {"human_label_column": "label_1"}):
+        assert run(**flags)[::2] == [folder, [{**source, "revision": "a" * 40}]]
     for column, value in (("caption", "a small blue cross"), ("jpg_1", b"")):
         shutil.copytree(shards.parent, tmp_path / column)
         edited = tmp_path / column / "train-00002.parquet"
         table = pq.read_table(edited)
-        values = pa.array([*table[column].to_pylist()[:-1], value])
-        table = table.set_column(table.column_names.index(column), column, values)
+        table = with_column(table, column, pa.array([*table[column].to_pylist()[:-1], value]))
         pq.write_table(table, edited, row_group_size=16)
-    for flags, change in [
-        ({"dataset_name": tmp_path / "caption" / "*.parquet"}, "rows, keys, captions, labels: "),
-        ({"dataset_name": tmp_path / "jpg_1" / "*.parquet"}, "rows, keys, captions, labels: "),
-        ({"dtype": "bfloat16"}, "dtype: float32 then, bfloat16 now"),
-        ({"human_label_column": "label_1"}, "human_label_column: label_0 then, label_1 now"),
-        ({"reward_model": f"other={TINY / 'pickscore'}"}, "reward_model: "),
-    ]:
-        with pytest.raises(UserError, match=f"(?s)labels.scores holds the scores of another run, of .*:.*{change}"):
-            relabel(**{"dataset_name": shards, "output_path": path, **flags})
-    relabel(dataset_name=shards, output_path=path, batch_size=64, score_min=-1, score_max=1)  # these may change
-    assert_same_labels_but_for_the_range(path, whole)
-
-
-def assert_same_labels_but_for_the_range(path, whole):
-    for i in (0, 1):
-        ours, theirs = (pq.read_table(p)[f"score_{i}"].to_numpy() for p in (path, whole))
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    others = [
+        {"dataset_name": tmp_path / "caption" / "*.parquet"},
+        {"dataset_name": tmp_path / "jpg_1" / "*.parquet"},
+        {"image_columns": ["jpg_1", "jpg_0"]},
+        {"dtype": "bfloat16"},
+        {"reward_model_revision": "main"},
+        {"reward_model": f"other={TINY / 'pickscore'}"},
+    ]
+    assert len({folder, *(run(**flags)[0] for flags in others)}) == 1 + len(others)
 
 
 # Several processes
 
 
-def several_processes(monkeypatch):
+def run_several(server, num_processes, args):
     """On the CPU, each with as many threads as this one, as their number changes the last bit of a score."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    threads = str(torch.get_num_threads())
+    assert server.run(args, num_processes, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS=threads) == 0, server.output()
 
 
-@pytest.mark.parametrize("num_processes, data", [(2, "shards"), (3, "save_to_disk")])
-def test_several_processes_write_the_same_file(num_processes, data, shards, whole, tmp_path, monkeypatch):
-    name = shards
-    if data == "save_to_disk":  # which is two pieces: one of the processes has nothing to do
-        name = tmp_path / "saved"
-        datasets.Dataset(pa.concat_tables([pq.read_table(p) for p in sorted(shards.parent.glob("*"))])).save_to_disk(
-            name
-        )
-    several_processes(monkeypatch)
-    flags = flags_of(tmp_path / "labels.parquet", dataset_name=name, with_images=tmp_path / "copy")
-    launcher = (*LAUNCH[:-1], str(num_processes))
-    run_script(ROOT / "relabel_pickapic.py", *flags, cwd=tmp_path, launcher=launcher)
-    if data == "shards":
-        assert (tmp_path / "labels.parquet").read_bytes() == whole.read_bytes()
-        assert len(names_in(tmp_path / "copy")) == 30
-    else:
-        assert_same_labels(tmp_path / "labels.parquet", whole, atol=1e-6)
-        assert len(names_in(tmp_path / "copy")) == 1
-
-
-def test_a_run_goes_on_with_another_number_of_processes(server, shards, whole, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_another_number_of_processes(server, shards, whole, tmp_path):
     path = tmp_path / "labels.parquet"
-    args = flags_of(path, dataset_name=shards)
+    args = flags_of(path, dataset_name=shards, with_images=tmp_path / "copy")
     process = server.start(args)
-    wait_for(lambda: len(pieces_in(path.with_suffix(".scores"))) > 4)
-    os.killpg(process, signal.SIGKILL)
-    server.wait()
-    several_processes(monkeypatch)
-    run_script(ROOT / "relabel_pickapic.py", *args, cwd=tmp_path, launcher=LAUNCH)
-    assert path.read_bytes() == whole.read_bytes()
+    wait_for(lambda: len(pieces_of(path)) > 4)
+    assert stop(server, process) == -signal.SIGKILL
+    before = pieces_of(path)
+    run_several(server, 2, args)
+    assert 4 < len(before) < 2 * NUM_FILES and path.read_bytes() == whole.read_bytes()
+    assert len(names_in(tmp_path / "copy")) == NUM_FILES and not path.with_suffix(".scores").exists()
+
+
+def test_more_processes_than_pieces(server, shards, whole, tmp_path):
+    tables = [pq.read_table(path) for path in sorted(shards.parent.iterdir())]
+    datasets.Dataset(pa.concat_tables(tables)).save_to_disk(tmp_path / "saved")
+    args = flags_of(tmp_path / "labels.parquet", dataset_name=tmp_path / "saved", with_images=tmp_path / "copy")
+    run_several(server, 2, args)
+    assert_same_labels(tmp_path / "labels.parquet", whole, atol=1e-6)
+    assert len(names_in(tmp_path / "copy")) == 1
 
 
 # A data set on the Hub
@@ -239,17 +239,14 @@ def test_a_run_goes_on_with_another_number_of_processes(server, shards, whole, t
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A Hub with the repository ada/pairs, of three files; where downloads go; runs that see it, and their log."""
+    """A Hub with the repository ada/pairs, of three files; where downloads go, and runs that see it."""
     folder = tmp_path_factory.mktemp("hub")
     (folder / "root" / "ada" / "pairs").mkdir(parents=True)
     split_pairs(folder / "root" / "ada" / "pairs" / "data", 200)
-    log = folder / "log.txt"
     with hub_server.serve(folder / "root") as hub:
-        with ForkServer("relabel_pickapic", log, **hub.environment(folder / "home")) as server:
-            yield SimpleNamespace(
-                root=folder / "root", home=folder / "home", server=server, log=log, read_only=hub.read_only,
-                private=hub.private,
-            )  # fmt: skip
+        with ForkServer("relabel_pickapic", folder / "log.txt", **hub.environment(folder / "home")) as hub.server:
+            hub.home = folder / "home"
+            yield hub
 
 
 @pytest.mark.parametrize("streaming", [True, None])
@@ -259,40 +256,37 @@ def test_a_data_set_on_the_hub(streaming, hub, labels_path, tmp_path):
 
     before = copies()
     flags = {"dataset_name": "ada/pairs", "streaming": streaming}
-    assert hub.server.run(flags_of(tmp_path / "labels.parquet", **flags)) == 0, hub.log.read_text()
+    assert hub.server.run(flags_of(tmp_path / "labels.parquet", **flags)) == 0, hub.server.output()
     assert_same_labels(tmp_path / "labels.parquet", labels_path, atol=1e-6)
     assert bool(copies() - before) == (streaming is None)
     metadata = json.loads(pq.read_schema(tmp_path / "labels.parquet").metadata[b"smpo_labels"])
     assert metadata["dataset_name"] == "ada/pairs" and re.fullmatch("[0-9a-f]{40}", metadata["dataset_revision"])
 
 
-@pytest.mark.parametrize("public", [None, True])
-def test_labels_are_uploaded(public, hub, tmp_path):
+def test_labels_are_uploaded(hub, tmp_path):
     """With a card from which `load_dataset` knows what to read; again, without any model, if the Hub failed."""
-    repo, path = hub.root / "ada" / f"labelled-{public}", tmp_path / "labels.parquet"
+    repo, path = hub.root / "ada" / "labelled", tmp_path / "labels.parquet"
     shutil.copytree(TINY / "pickscore", tmp_path / "model")
     args = flags_of(
         path, dataset_name=TINY / "pairs", dataset_split_name="test", push_to_hub=True, with_images=tmp_path / "copy",
-        hub_dataset_id=f"ada/{repo.name}", hub_public=public, reward_model=tmp_path / "model",
+        hub_dataset_id="ada/labelled", reward_model=tmp_path / "model",
     )  # fmt: skip
     hub.read_only.set()
     assert hub.server.run(args) != 0
     assert re.search(
-        r"(?s)--push_to_hub: .*labels.parquet is written, and cannot be up.*\nStart the", hub.log.read_text()
+        r"(?s)--push_to_hub: .*labels.parquet is written, and cannot be up.*\nStart the", hub.server.output()
     )
     labels = path.read_bytes()
     hub.read_only.clear()
     shutil.rmtree(tmp_path / "model")
     (tmp_path / "copy" / "notes.txt").write_text("not for others")
-    assert hub.server.run(args) == 0, hub.log.read_text()
+    assert hub.server.run(args) == 0, hub.server.output()
     assert names_in(repo) - {".gitattributes"} == {"README.md", "labels.parquet", "labels.png", "data"}
     assert names_in(repo / "data") == {"test-00000-of-00001.parquet"} and not path.with_suffix(".scores").exists()
-    assert (repo / "labels.parquet").read_bytes() == path.read_bytes() == labels
-    assert hub.private[f"ada/{repo.name}"] == (not public)
+    assert (repo / "labels.parquet").read_bytes() == path.read_bytes() == labels and hub.private["ada/labelled"]
     data = datasets.load_dataset(str(repo), cache_dir=tmp_path / "cache")
-    assert (
-        list(data) == ["test"] and data["test"]["soft_label_0"][:] == pq.read_table(path)["soft_label_0"].to_pylist()
-    )
+    assert list(data) == ["test"]
+    assert data["test"]["soft_label_0"][:] == pq.read_table(path)["soft_label_0"].to_pylist()
     card = (repo / "README.md").read_text()
     assert json.dumps({"name": "model"})[1:-1] in card and "![distribution](labels.png)" in card
     assert not [file for file in repo.rglob("*.*") if file.is_file() and str(tmp_path).encode() in file.read_bytes()]
@@ -300,15 +294,17 @@ def test_labels_are_uploaded(public, hub, tmp_path):
 
 
 def test_labels_from_scores_are_uploaded_again(hub, labels_path, tmp_path):
+    path = tmp_path / "new.parquet"
     args = command_line(
-        scores_from=labels_path, output_path=tmp_path / "new.parquet", push_to_hub=True, hub_dataset_id="ada/new"
+        scores_from=labels_path, output_path=path, push_to_hub=True, hub_dataset_id="ada/new", hub_public=True
     )
     hub.read_only.set()
     assert hub.server.run(args) != 0
     hub.read_only.clear()
-    assert hub.server.run(args) == 0, hub.log.read_text()
-    (tmp_path / "new.parquet").write_bytes(b"what took a day")
-    assert hub.server.run(args) != 0 and (tmp_path / "new.parquet").read_bytes() == b"what took a day"
+    assert hub.server.run(args) == 0, hub.server.output()
+    assert not hub.private["ada/new"]
+    path.write_bytes(b"what took a day")
+    assert hub.server.run(args) != 0 and path.read_bytes() == b"what took a day"
 
 
 def test_what_the_hub_does_not_have(hub, tmp_path):
@@ -318,7 +314,7 @@ def test_what_the_hub_does_not_have(hub, tmp_path):
     ]:
         flags = {"dataset_name": name, "image_columns": ["left", "jpg_1"]}
         assert hub.server.run(flags_of(tmp_path / "labels.parquet", **flags)) != 0
-        assert re.search(message, hub.log.read_text())
+        assert re.search(message, hub.server.output())
 
 
 def test_streaming_is_for_parquet(tmp_path):

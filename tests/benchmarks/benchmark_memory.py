@@ -28,12 +28,10 @@ from unittest import mock
 
 import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
-from random_models import TINY, make_text_encoders, make_unet, make_vae, write_pipeline
+from random_models import TINY, make_training_models, write_pipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import CLIPTokenizer
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -108,28 +106,14 @@ def bytes_of(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def make_models(kind, script, args):
-    """The script's models for training in bf16, on the meta device."""
-    bf16 = torch.bfloat16
-    with torch.device("meta"):
-        models = {"unet": make_unet(kind).to(bf16 if args.rank else torch.float32)}
-        models["vae"] = make_vae(kind).to(torch.float32 if kind == "sdxl" else bf16).requires_grad_(False)
-        for part, text_encoder in zip(script.TEXT_ENCODERS, make_text_encoders(kind)):
-            models[part] = text_encoder.to(bf16).requires_grad_(False)
-        reference = None if args.rank else make_unet(kind).to(bf16).requires_grad_(False)
-    with mock.patch.object(script, "load_reference", lambda *_: reference):
-        script.set_up_unets(PartialState(), models, bf16, args)
-    return models
-
-
 def count(kind, resolution, flags):
     """Peak bytes of an optimiser step of two batches, one pair a micro-batch, in bf16, and its parts' bytes."""
     script, functional, live = importlib.import_module(f"train_smpo_{kind}"), torch.nn.functional, LiveBytes()
     command = "--pretrained_model_name_or_path none --dataset_name none --output_dir none --train_batch_size 1".split()
     command += ["--num_inversion_steps", "2"]  # one more UNet call without gradient takes time and no memory
     args = script.parse_args([*command, "--resolution", str(resolution), *flags])
-    models = make_models(kind, script, args)
-    networks = {name: network for name, network in models.items() if network is not None}
+    models = make_training_models(script, kind, "meta", torch.bfloat16, args)
+    networks = {name: model for name, model in models.items() if isinstance(model, torch.nn.Module)}
     frozen = [bytes_of(network.parameters()) for name, network in networks.items() if name != "unet"]
     row = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, 1).to_pylist()[0]
     drawn = {"mirror": False, "empty": False, "timestep": 999, "seeds": [1, 2, 3]}
@@ -139,7 +123,6 @@ def count(kind, resolution, flags):
             for network in networks.values():
                 network.to_empty(device="cpu")  # from the meta device
         live.now -= sum(frozen) if args.offload else 0
-        models.update(dict.fromkeys(script.TOKENIZERS, CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer")))
         parameters = [parameter for parameter in models["unet"].parameters() if parameter.requires_grad]
         optimizer = script.make_optimizer(parameters, 1e-5, args)
         alpha_bar = torch.linspace(0.999, 0.005, 1000)

@@ -18,10 +18,11 @@
     python tests/benchmarks/benchmark_relabel.py speed --model small --size 512 --num_pairs 256     # on a CPU
     python tests/benchmarks/benchmark_relabel.py memory
 
-`speed` scores the same pairs with the same model twice: with the script, and with a loop that takes one image at a time in
-fp32, as `preprocessing.py` of the authors does. No image stands in two pairs (in Pick-a-Pic many do, and only the script makes
-use of it); 16 pairs share a caption. It also says by how much their scores differ. `memory` compares the peak of
-the resident memory for 10 and for 100 files. Further flags are passed on to the script. Weights are random: the numbers of operations are those of real ones.
+`speed` scores the same pairs with the same model twice: with the script, and with a loop that takes one image at a
+time in fp32, as `preprocessing.py` of the authors does. No image stands in two pairs (in Pick-a-Pic many do, and only
+the script makes use of it); 16 pairs share a caption. It also says by how much their scores differ. `memory` compares
+the peak of the resident memory for 10 and for 100 files. Further flags are passed on to the script. Weights are
+random: the numbers of operations are those of real ones.
 """
 
 import argparse
@@ -52,19 +53,21 @@ NUM_IMAGES = 32  # different ones; their uids say that they are all different
 ROWS_PER_FILE = 512
 ROWS_PER_CAPTION = 16
 LOOP_PAIRS = 64  # the slow loop need not take all
+# Vision tower; text tower; size of the projection.
 MODELS = {
     # PickScore and HPSv2.1 are this: OpenCLIP's ViT-H/14
-    "clip-h": {
-        "vision": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120, "patch_size": 14},
-        "text": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-        "projection_dim": 1024,
-    },
-    "small": {
-        "vision": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024, "patch_size": 32},
-        "text": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024},
-        "projection_dim": 256,
-    },
-}  # fmt: skip
+    "clip-h": (
+        {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120},
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+        1024,
+    ),
+    "small": (
+        {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024},
+        {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024},
+        256,
+    ),
+}
+PATCH_SIZES = {"clip-h": 14, "small": 32}
 
 
 def write_model(folder, kind):
@@ -72,16 +75,12 @@ def write_model(folder, kind):
     processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
     processor.image_processor = CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224)
     processor.save_pretrained(folder)
-    text = CLIPConfig.from_pretrained(TINY / "pickscore").text_config.to_dict()
-    sizes = MODELS[kind]
+    text_config = CLIPConfig.from_pretrained(TINY / "pickscore").text_config.to_dict()
+    vision, text, projection_dim = MODELS[kind]
+    vision = {"image_size": 224, "patch_size": PATCH_SIZES[kind], **vision}
     torch.manual_seed(0)
-    CLIPModel(
-        CLIPConfig(
-            text_config={**text, **sizes["text"]},
-            vision_config={"image_size": 224, **sizes["vision"]},
-            projection_dim=sizes["projection_dim"],
-        )
-    ).save_pretrained(folder)
+    config = CLIPConfig(text_config={**text_config, **text}, vision_config=vision, projection_dim=projection_dim)
+    CLIPModel(config).save_pretrained(folder)
 
 
 def make_photo(size, rng):

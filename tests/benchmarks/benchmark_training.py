@@ -21,7 +21,6 @@ large product in the same precision reaches here; TFLOP are counted by PyTorch, 
 """
 
 import argparse
-import copy
 import importlib
 import sys
 import time
@@ -38,9 +37,8 @@ import torch
 import transformers
 from accelerate import PartialState
 from benchmark_relabel import make_photo
-from random_models import TINY, make_text_encoders, make_unet, make_vae
+from random_models import make_training_models
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTokenizer
 
 import diffusers
 
@@ -122,34 +120,12 @@ class Run:
     def __init__(self, name, dtype):
         kind, self.resolution, self.num_levels, self.flags = CASES[name]
         self.script = importlib.import_module("train_smpo_sdxl" if "sdxl" in kind else "train_smpo_sd15")
-        self.state, self.dtype, args = PartialState(), dtype, self.parse(1, [])
-        torch.manual_seed(0)
-        with torch.device(self.state.device):
-            unet, vae, text_encoders = make_unet(kind), make_vae(kind), make_text_encoders(kind)
-            scheduler = diffusers.DDPMScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-            )  # fmt: skip
-        vae.to(torch.float32 if vae.config.force_upcast else dtype)
+        self.state, self.dtype = PartialState(), dtype
+        scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         self.alpha_bar = scheduler.alphas_cumprod.to(self.state.device)
-        self.models = {"unet": unet, "vae": vae, **dict(zip(self.script.TEXT_ENCODERS, text_encoders))}
-        for part, network in self.models.items():
-            network.requires_grad_(part == "unet").to(self.state.device)
-        for text_encoder in text_encoders:
-            text_encoder.to(dtype)
-        tokenizer = CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer")
-        self.models.update(dict.fromkeys(self.script.TOKENIZERS, tokenizer))
-        if args.rank:
-            unet.to(dtype)
-        with mock.patch.object(self.script, "load_reference", lambda *_: self.rounded(copy.deepcopy(unet))):
-            self.script.set_up_unets(self.state, self.models, dtype, args)
-        self.parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-
-    def rounded(self, unet):
-        """As `load_reference` rounds it."""
-        for module in unet.modules():
-            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-                module.to(self.dtype)
-        return unet.requires_grad_(False)
+        torch.manual_seed(0)
+        self.models = make_training_models(self.script, kind, self.state.device, dtype, self.parse(1, []))
+        self.parameters = [parameter for parameter in self.models["unet"].parameters() if parameter.requires_grad]
 
     def parse(self, batch_size, flags):
         command = "--pretrained_model_name_or_path none --dataset_name none --output_dir none".split()

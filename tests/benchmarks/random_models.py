@@ -6,9 +6,12 @@ The miniature of SDXL has its blocks and layers, so its parameters have the same
 and text encoder.
 """
 
+import copy
 from pathlib import Path
+from unittest import mock
 
 import torch
+from accelerate import PartialState
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusers import (
@@ -94,6 +97,31 @@ def make_text_encoders(kind):
     configs = [CLIPTextConfig(**{"projection_dim": 768, **config, **tokens}) for config in TEXT_ENCODERS[kind]]
     classes = [CLIPTextModel, CLIPTextModelWithProjection]
     return [text_encoder_class(config) for text_encoder_class, config in zip(classes, configs)]
+
+
+def make_training_models(script, kind, device, dtype, args):
+    """The models of a training script on a device, in the precisions that training in `dtype` gives them."""
+    with torch.device(device):
+        unet, vae, text_encoders = make_unet(kind), make_vae(kind), make_text_encoders(kind)
+    vae.to(torch.float32 if vae.config.force_upcast else dtype)
+    unet.to(dtype if args.rank else torch.float32)
+    models = {"unet": unet, "vae": vae, **dict(zip(script.TEXT_ENCODERS, text_encoders))}
+    for part, network in models.items():
+        network.requires_grad_(part == "unet").to(device)
+        if part in script.TEXT_ENCODERS:
+            network.to(dtype)
+
+    def load_reference(*_):
+        reference = copy.deepcopy(unet)
+        for module in reference.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+                module.to(dtype)
+        return reference.requires_grad_(False)
+
+    with mock.patch.object(script, "load_reference", load_reference):
+        script.set_up_unets(PartialState(), models, dtype, args)
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer")
+    return {**models, **dict.fromkeys(script.TOKENIZERS, tokenizer)}
 
 
 def write_pipeline(folder, kind, dtype, scheduler=None):
