@@ -244,6 +244,8 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
     """Turns a library's complaint about what a flag names into a `UserError` with the flag and what it accepts."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # of a dozen types on damaged files
         raise UserError(f"--{flag} {value} cannot be loaded: {error}\nAccepted: {accepted}.") from error
 

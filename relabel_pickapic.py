@@ -117,7 +117,6 @@ MAX_PARTS = 8  # pieces of a row group, however large it is, as each is read fro
 READ_BUFFER = 8 * 2**20  # bytes fetched of one column at a time
 NUM_READERS = 16  # threads that read what is small of many files
 LABELS_ROW_GROUP = 65_536  # rows; a reader of few rows goes by the page index
-COPY_ROW_GROUP = 256  # rows with images, some 90 MB in Pick-a-Pic
 MERGE_TIMEOUT = timedelta(days=7)  # how long a process waits at the end for a slower one
 
 
@@ -178,6 +177,8 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
     """Turns a library's complaint about what a flag names into a `UserError` with the flag and what it accepts."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # of a dozen types on damaged files
         raise UserError(f"--{flag} {value} cannot be loaded: {error}\nAccepted: {accepted}.") from error
 
@@ -189,12 +190,14 @@ def image_folders(dataset_name):
     return [path.resolve() for path in (*folder, Path(datasets.config.HF_CACHE_HOME))]
 
 
-def decode_image(data, folders):
+def decode_image(data, folders, side=None):
     """An RGB image of encoded bytes, or of the `{"bytes", "path"}` that a `datasets.Image` column holds.
 
     It is turned upright by its EXIF orientation; what is transparent becomes white; 16-bit grey becomes 8-bit; of an
-    animation it is the first frame. A `ValueError` says that it is missing, empty, damaged, in another format than
-    `IMAGE_FORMATS`, larger than `MAX_PIXELS`, or a path outside of `folders`, see `image_folders`.
+    animation it is the first frame. A JPEG is decoded at a half, a quarter or an eighth of its size, which is far
+    faster, where both sides stay at least `side` pixels long. A `ValueError` says that it is missing, empty, damaged,
+    in another format than `IMAGE_FORMATS`, larger than `MAX_PIXELS`, or a path outside of `folders`, see
+    `image_folders`.
     """
     try:
         if isinstance(data, dict):
@@ -207,6 +210,8 @@ def decode_image(data, folders):
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        if side is not None:
+            image.draft(None, (side, side))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # Pillow would clip them to white
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -359,9 +364,6 @@ def check_columns(schema, args):
                 problems.append(f"--{flag} {name} holds {kind}, not {what}.")
     if problems:
         raise UserError("\n".join([*problems, f"Name the right ones: the data set has {', '.join(schema.names)}."]))
-    for name in added_columns(args.reward_model) if args.with_images else []:
-        if name in schema.names:
-            raise UserError(f"--with_images adds the column {name}, which the data set has already.")
 
 
 # ---- Reward models: published ones and any CLIP-style model, on transformers' own classes ---------------------------
@@ -890,11 +892,6 @@ def score_columns(names):
     return {name: (f"score_0_{name}", f"score_1_{name}") for name in names}
 
 
-def added_columns(names):
-    """The columns of a labels file that a data set lacks, for reward models of these names."""
-    return [*itertools.chain(*score_columns(names).values()), "soft_label_0", "valid", "invalid_reason"]
-
-
 def raw_labels(found, rows, sources, commit, args):
     """Everything of a labels file but the soft label, as a table, and its metadata; `found` is of `score_data_set`."""
     labels = {name: rows[name] for name in rows.column_names if name != "caption"}
@@ -975,56 +972,6 @@ def write_labels(labels, path):
     write_whole(path, lambda file: file.write(data.getbuffer()))
 
 
-def write_copy(shards, labels, folder, args):
-    """Writes this process's share of the data set's files again, with the columns of the labels file that they lack.
-
-    A file that is there already is left, if it has these labels; else it raises `UserError`.
-    """
-    state, pieces = PartialState(), defaultdict(list)
-    for piece in cut_pieces(shards.row_groups):
-        pieces[piece.shard].append(piece)
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = range(state.process_index, len(shards.files), state.num_processes)
-    for shard in tqdm(numbers, desc="Copies", unit="file", disable=not state.is_local_main_process):
-        path = folder / f"{args.dataset_split_name}-{shard:05d}-of-{len(shards.files):05d}.parquet"
-        if not path.exists():
-            write_whole(path, lambda file: copy_pieces(pieces[shard], shards, labels, file, args))
-        elif (pq.read_schema(path).metadata or {}).get(b"smpo_labels") != labels.schema.metadata[b"smpo_labels"]:
-            raise UserError(f"{path} exists, with other labels: move it away, or give --with_images another folder.")
-
-
-def copy_pieces(pieces, shards, labels, file, args):
-    """Writes rows of the data set, with columns added, as Parquet that `datasets` reads with its features.
-
-    Image files that rows name are written into it, if they lie in the data set's folder, and no path of this machine.
-    """
-    added, folders = labels.select(added_columns(args.reward_model)), image_folders(args.dataset_name)
-
-    def embed(image):
-        if image is None or image["path"] is None:
-            return image
-        path, data = Path(image["path"]).resolve(), image["bytes"]
-        if data is None and path.is_file() and any(path.is_relative_to(folder) for folder in folders):
-            data = path.read_bytes()
-        return {"bytes": data, "path": path.name}
-
-    schema = pa.schema([*shards.schema, *added.schema], shards.schema.metadata)
-    features = datasets.Features.from_arrow_schema(schema)
-    images = {name: datasets.Image() for name, kind in features.items() if isinstance(kind, datasets.Image)}
-    schema = datasets.Features({**features, **images}).arrow_schema
-    schema = schema.with_metadata({**schema.metadata, **labels.schema.metadata})
-    with pq.ParquetWriter(file, schema, write_page_index=True) as writer:
-        for piece in pieces:
-            row = piece.start
-            for batch in shards.read(piece, shards.schema.names, COPY_ROW_GROUP):
-                columns = {name: batch[name] for name in shards.schema.names}
-                for name in images:
-                    columns[name] = pa.array(map(embed, batch[name].to_pylist()), schema.field(name).type)
-                columns |= {name: added[name].slice(row, len(batch)) for name in added.column_names}
-                writer.write_table(pa.table(columns).cast(schema))
-                row += len(batch)
-
-
 def report(labels, metadata, picture_path):
     """Logs and draws what is worth knowing of the labels before training on them."""
     frame = labels.to_pandas()
@@ -1050,9 +997,8 @@ def report(labels, metadata, picture_path):
 
 
 def upload(path, picture_path, metadata, args):
-    """Uploads labels, picture, a card and, if there is one, the copy with images; raises `UserError` if that fails."""
-    split = metadata["dataset_split_name"]
-    data_files = [{"split": split, "path": f"data/{split}-*.parquet" if args.with_images else path.name}]
+    """Uploads labels, picture and a card; raises `UserError` if that fails."""
+    data_files = [{"split": metadata["dataset_split_name"], "path": path.name}]
     card = f"""---
 tags: [smpo, preference, text-to-image]
 configs: {json.dumps([{"config_name": "default", "data_files": data_files}])}
@@ -1060,7 +1006,7 @@ configs: {json.dumps([{"config_name": "default", "data_files": data_files}])}
 
 # Soft preference labels
 
-`{path.name}`: P(image 0 is preferred) of each pair of `{metadata["dataset_name"]}`, split `{split}`,
+`{path.name}`: P(image 0 is preferred) of each pair of `{metadata["dataset_name"]}`, split `{metadata["dataset_split_name"]}`,
 for SmPO-Diffusion (https://arxiv.org/abs/2506.02698).
 
 ![distribution]({picture_path.name})
@@ -1070,8 +1016,6 @@ for SmPO-Diffusion (https://arxiv.org/abs/2506.02698).
 ```
 """
     files = {"README.md": card.encode(), path.name: path, picture_path.name: picture_path}
-    if args.with_images:
-        files |= {f"data/{file.name}": file for file in Path(args.with_images).glob(f"{split}-*.parquet")}
     operations = [CommitOperationAdd(name, file) for name, file in files.items()]
     repo, hub = {"repo_id": args.hub_dataset_id or path.stem, "repo_type": "dataset"}, HfApi()
     try:
@@ -1140,7 +1084,6 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("output").add_argument
     add("--output_path", type=os.path.expanduser, required=True, help="Parquet file to write. It must not exist.")
-    add("--with_images", type=os.path.expanduser, metavar="FOLDER", help="Also copy data set and labels to here.")
     add("--push_to_hub", action="store_true", help="Upload what was written to a data set repository.")
     add("--hub_dataset_id", help="Repository to upload to. Default: the name of --output_path.")
     add("--hub_public", action="store_true", help="Make a new repository public, not private.")
@@ -1173,8 +1116,6 @@ def resolve(args, default_of):
     existing = [file for file in (path, picture_path) if file.exists() and not may_exist]
     if existing:
         problems.append(f"--output_path: {existing[0]} exists. Move it away, or write another file.")
-    if args.with_images and Path(args.with_images).exists() and not Path(args.with_images).is_dir():
-        problems.append(f"--with_images {args.with_images} is not a folder.")
     if (args.hub_dataset_id or args.hub_public) and not args.push_to_hub:
         problems.append("--hub_dataset_id and --hub_public do nothing without --push_to_hub.")
     if len(args.key_columns) not in (2, 3):
@@ -1220,8 +1161,6 @@ def main(args):
         found = score_data_set(rows, shards, sources, folder, args)
         labels, metadata = raw_labels(found, rows, sources, commit, args)
     labels = add_soft_labels(labels, metadata, args)
-    if args.with_images:
-        write_copy(shards, labels, Path(args.with_images), args)
     state.wait_for_everyone()
     if not state.is_main_process:
         return

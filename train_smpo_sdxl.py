@@ -40,9 +40,9 @@ https://arxiv.org/abs/2506.02698).
 on 8 GPUs has the published hyper-parameters, 1024 pairs a step for 200 steps. relabel_pickapic.py writes
 `labels.parquet`.
 
-Diffusion-DPO noises the two images of a pair with random noise and asks which one the policy denoises better than the
-reference, taking a hard winner for granted. SmPO changes both ends: the noise is found by inverting the image with the
-policy itself (DDIM inversion and a ReNoise correction), and the pair weighs as much as a reward model is sure of it.
+Diffusion-DPO noises the two images of a pair at random and asks which one the policy denoises better than the
+reference, for a hard winner. SmPO finds the noise by inverting the image with the policy itself (DDIM inversion and a
+ReNoise correction), and the pair weighs as much as a reward model is sure of it.
 
     here           in the paper, or by formula
     x_0            clean latents, scaled                                        [N, 4, h, w]
@@ -70,6 +70,8 @@ Where this parts from the authors' released code, on purpose:
 import argparse
 import atexit
 import hashlib
+import html
+import importlib.util
 import io
 import itertools
 import json
@@ -82,13 +84,13 @@ import re
 import shutil
 import signal
 import sys
-import textwrap
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -100,24 +102,18 @@ import peft
 import pyarrow.parquet as pq
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    gather_object,
-)
+from accelerate.utils import ProjectConfiguration, gather_object
 from datasets import load_dataset, load_from_disk
 from datasets.distributed import split_dataset_by_node
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import CheckpointException
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -126,18 +122,8 @@ import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params, free_memory, offload_models
-from diffusers.utils import (
-    check_min_version,
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_kohya,
-    convert_unet_state_dict_to_peft,
-    is_accelerate_version,
-    is_wandb_available,
-)
+from diffusers.utils import check_min_version, is_accelerate_version, is_wandb_available
 
-
-if is_wandb_available():
-    import wandb
 
 check_min_version("0.35.0")
 
@@ -153,6 +139,7 @@ ACCEPTED_MODELS = "SDXL base models and those made from them, not its refiner; f
 MODEL_LICENSE, MODEL_TAG = "openrail++", "stable-diffusion-xl"
 RELEASED_LEVELS = 10  # of the authors' script
 VAE_BATCH_SIZE = 1  # images
+VAE_MAY_OVERFLOW = True  # in half precision, as its configuration says
 
 DATASET_ACCEPTED = "a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder"
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would also start Ghostscript for PostScript
@@ -171,7 +158,6 @@ STOP_SIGNALS = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(sig
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal with a checkpoint saved, to be started again
 RECORD_FILE, LOCK_FILE = "training_args.json", ".lock"
 NUM_VALIDATION_PAIRS = 256
-NUM_PICTURED_PROMPTS = 8  # of the validation prompts
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
 MAX_BAD_SHARE, MIN_BAD_PAIRS = 0.1, 10  # a run stops if more of the drawn pairs, and more than these, cannot be read
 MAX_NONFINITE_STEPS = 20  # in a row; fp16 takes some to find its scale
@@ -547,32 +533,31 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
     """Turns a library's complaint about what a flag names into a `UserError` with the flag and what it accepts."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # of a dozen types on damaged files
         raise UserError(f"--{flag} {value} cannot be loaded: {error}\nAccepted: {accepted}.") from error
 
 
-class Network:
-    """A UNet or a VAE: that of --pretrained_PART_model_name_or_path if it is given, or else the base model's."""
-
-    def __init__(self, part, network_class, args):
-        self.network_class, self.source = network_class, {}
-        self.flag = f"pretrained_{part}_model_name_or_path"
-        self.name = getattr(args, self.flag)
-        if self.name is None:
-            self.flag, self.name = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
-            self.source = {"revision": args.revision, "variant": args.variant, "subfolder": part}
-        with explain_errors(self.flag, self.name):
-            try:
-                self.config = network_class.load_config(self.name, **self.source)
-            except OSError:  # a pipeline, or a checkpoint of this script
-                self.source["subfolder"] = part
-                self.config = network_class.load_config(self.name, **self.source)
-            if self.config.get("_class_name") != network_class.__name__:
-                raise ValueError(f"its {part} is a {self.config.get('_class_name')}, not a {network_class.__name__}")
-
-    def load(self, dtype):
-        with explain_errors(self.flag, self.name):
-            network = self.network_class.from_pretrained(self.name, use_safetensors=True, **self.source)
+def load_network(part, network_class, args, dtype=None):
+    """A UNet or a VAE in `dtype`, or without one only its configuration: that of --pretrained_PART_model_name_or_path
+    (a folder of its own, a pipeline or a checkpoint of this script), or else the base model's."""
+    flag, source = f"pretrained_{part}_model_name_or_path", {}
+    if getattr(args, flag) is None:
+        flag = "pretrained_model_name_or_path"
+        source = {"revision": args.revision, "variant": args.variant, "subfolder": part}
+    name = getattr(args, flag)
+    with explain_errors(flag, name):
+        try:
+            config = network_class.load_config(name, **source)
+        except OSError:
+            source["subfolder"] = part
+            config = network_class.load_config(name, **source)
+        if config.get("_class_name") != network_class.__name__:
+            raise ValueError(f"its {part} is a {config.get('_class_name')}, not a {network_class.__name__}")
+        if dtype is None:
+            return config
+        network = network_class.from_pretrained(name, use_safetensors=True, **source)
         return torch.nn.Module.to(network, dtype)  # diffusers' own would warn of modules to be kept in fp32, of none
 
 
@@ -581,24 +566,21 @@ def check_models(args):
     name = args.pretrained_model_name_or_path
     with explain_errors("pretrained_model_name_or_path", name, ACCEPTED_MODELS):
         if Path(name).is_file():
-            raise ValueError(
-                f"it is a file: save a folder from {PIPELINE.__name__}.from_single_file with save_pretrained"
-            )
+            raise ValueError(f"it is a file: `save_pretrained` of {PIPELINE.__name__}.from_single_file makes a folder")
         index = PIPELINE.load_config(name, revision=args.revision)
         missing = [part for part in [*TOKENIZERS, *TEXT_ENCODERS] if index.get(part, [None])[0] is None]
         if missing:
             raise ValueError(f"it has no {' and no '.join(missing)}")
-    unet, vae = Network("unet", UNet2DConditionModel, args), Network("vae", AutoencoderKL, args)
-    channels, latent_channels = unet.config["in_channels"], vae.config["latent_channels"]
-    with explain_errors(unet.flag, unet.name, ACCEPTED_MODELS):
-        if unet.config.get("addition_embed_type") != ADDITION_EMBED_TYPE:
-            raise ValueError(f"its UNet has addition_embed_type {unet.config.get('addition_embed_type')}")
-        if unet.config.get("time_cond_proj_dim") is not None:
+    unet, vae = load_network("unet", UNet2DConditionModel, args), load_network("vae", AutoencoderKL, args)
+    embeds, channels, vae_channels = unet.get("addition_embed_type"), unet["in_channels"], vae["latent_channels"]
+    flag = f"pretrained_{'unet_' if args.pretrained_unet_model_name_or_path else ''}model_name_or_path"
+    with explain_errors(flag, getattr(args, flag), ACCEPTED_MODELS):
+        if embeds != ADDITION_EMBED_TYPE:
+            raise ValueError(f"its UNet has addition_embed_type {embeds}")
+        if unet.get("time_cond_proj_dim") is not None:
             raise ValueError("its UNet takes the guidance scale as an input, as a latent consistency model does")
-        if channels != latent_channels:
-            raise ValueError(
-                f"its UNet takes {channels} channels and the VAE has {latent_channels}, as for inpainting or editing"
-            )
+        if channels != vae_channels:
+            raise ValueError(f"its UNet takes {channels} channels and the VAE has {vae_channels}, as for inpainting")
 
 
 def load_noise_schedule(args):
@@ -617,11 +599,6 @@ def load_noise_schedule(args):
     return alpha_bar, prediction_type
 
 
-def vae_dtype(vae, weight_dtype):
-    """The precision in which a `Network` works as a VAE: SDXL's own overflows in half precision, and says so."""
-    return torch.float32 if vae.config.get("force_upcast", True) else weight_dtype
-
-
 def load_models(args, device, weight_dtype):
     """The base model: VAE and text encoders frozen in `weight_dtype`, the UNet in fp32, or for LoRA like the rest.
 
@@ -635,94 +612,84 @@ def load_models(args, device, weight_dtype):
             models[part] = encoder_class.from_pretrained(
                 name, subfolder=part, revision=args.revision, variant=args.variant, use_safetensors=True
             ).to(weight_dtype)
-    vae = Network("vae", AutoencoderKL, args)
-    models["vae"] = vae.load(vae_dtype(vae, weight_dtype))
+    upcast = VAE_MAY_OVERFLOW and load_network("vae", AutoencoderKL, args).get("force_upcast", True)
+    models["vae"] = load_network("vae", AutoencoderKL, args, torch.float32 if upcast else weight_dtype)
     for part in ["vae", *TEXT_ENCODERS]:
         models[part].requires_grad_(False).to("cpu" if args.offload else device)
     unet_dtype = torch.float32 if args.rank is None else weight_dtype
-    models["unet"] = Network("unet", UNet2DConditionModel, args).load(unet_dtype).to(device)
+    models["unet"] = load_network("unet", UNet2DConditionModel, args, unet_dtype).to(device)
     return models
 
 
 def load_reference(args, device, weight_dtype):
-    """The frozen reference for full fine-tuning, its convolutions and linear layers rounded as autocast rounds the
-    policy's.
-
-    Otherwise it would not be the policy's start, and beta magnifies the difference.
-    """
-    ref_unet = Network("unet", UNet2DConditionModel, args).load(torch.float32).requires_grad_(False)
+    """The frozen reference for full fine-tuning. Its convolutions and linear layers are rounded as autocast rounds the
+    policy's: otherwise it would not be the policy's start, and beta magnifies the difference."""
+    ref_unet = load_network("unet", UNet2DConditionModel, args, torch.float32).requires_grad_(False)
     for module in ref_unet.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             module.to(weight_dtype)
     return ref_unet.to("cpu" if args.offload else device)
 
 
-def add_lora(unet, args):
-    """Freezes the UNet and gives it a LoRA in fp32 that changes nothing yet, or says that it has no such layers."""
-    unet.requires_grad_(False)
-    layers = args.lora_layers.split(",")
-    with explain_errors("lora_layers", args.lora_layers, "names of linear or convolutional modules of the UNet"):
-        options = {"init_lora_weights": "gaussian", "target_modules": layers}
-        unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, **options))
-    cast_training_params(unet, dtype=torch.float32)
+def set_up_unets(accelerator, models, weight_dtype, args):
+    """Makes the UNet of `models` the policy, a LoRA in it that changes nothing yet, and adds the reference or None."""
+    unet = models["unet"]
+    models["ref_unet"] = load_reference(args, accelerator.device, weight_dtype) if args.rank is None else None
+    if args.rank is not None:
+        unet.requires_grad_(False)
+        with explain_errors("lora_layers", args.lora_layers, "names of linear or convolutional modules of the UNet"):
+            options = {"init_lora_weights": "gaussian", "target_modules": args.lora_layers.split(",")}
+            unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, **options))
+        cast_training_params(unet, dtype=torch.float32)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if weight_dtype != torch.float32 and not sharded and not args.use_8bit_adam:  # 8-bit AdamW undoes it
+        for network in filter(None, (unet, models["ref_unet"], models["vae"])):
+            network.to(memory_format=torch.channels_last)  # in which convolutions in half precision are fastest
 
 
 # ---- Data: reading, labels, which pairs, tensors, order -------------------------------------------------------------
 
 
-def load_data(name, config_name, split, **options):
-    """A split as a `datasets.Dataset`, images left encoded, or a `UserError` if there is none.
+def load_data(flag, args, streaming=False, columns=None):
+    """The split that --`flag` names, images left encoded, or a `UserError` if there is none.
 
-    `name` is one of `DATASET_ACCEPTED`, `config_name` is for a data set that has several, `options` for
-    `load_dataset`."""
-    with explain_errors("dataset_name", f"{name} --dataset_split_name {split}", DATASET_ACCEPTED):
-        if (Path(name) / "dataset_dict.json").is_file():
-            splits = load_from_disk(name)
-            if split not in splits:
-                raise ValueError(f"it has the splits {', '.join(splits)}")
-            data = splits[split]
-        elif (Path(name) / "state.json").is_file():
+    It is a `datasets.Dataset`, or with `streaming` a `datasets.IterableDataset` of `columns` (all by default) over
+    Parquet files where they lie, a shard a row group."""
+    name, split, options = args.dataset_name, getattr(args, flag), {}
+    if streaming:
+        if not hasattr(datasets.IterableDataset, "reshard"):
+            raise UserError(f"--streaming needs datasets 5.1 or later, found {datasets.__version__}: upgrade it.")
+        options = {"streaming": True, "columns": columns, "batch_size": STREAM_ROWS}
+    accepted = "Parquet files, whole ones, for --streaming" if streaming else DATASET_ACCEPTED
+    with explain_errors("dataset_name", f"{name} --{flag} {split}", accepted):
+        if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
             data = load_from_disk(name)
+            if streaming:
+                raise ValueError("it was written by `save_to_disk`")
+            if isinstance(data, datasets.DatasetDict):
+                if split not in data:
+                    raise ValueError(f"it has the splits {', '.join(data)}")
+                data = data[split]
         elif name.endswith(".parquet"):
             data = load_dataset("parquet", data_files={split: name}, split=split, **options)
+        elif Path(name).is_file():
+            raise ValueError("it is a file, and none of Parquet: pandas converts it")
         else:
-            data = load_dataset(name, config_name, split=split, **options)
-    for column, feature in data.features.items():
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(column, datasets.Image(decode=False))
-    return data
-
-
-def stream_data(args, columns=None):
-    """The split as a `datasets.IterableDataset` over Parquet files where they lie, a shard a row group."""
-    if not hasattr(datasets.IterableDataset, "reshard"):
-        raise UserError(
-            f"--streaming needs datasets 5.1 or later, found {datasets.__version__}: upgrade, or leave it out."
-        )
-    options = {"streaming": True, "columns": columns, "batch_size": STREAM_ROWS}
-    with explain_errors("streaming", f"of --dataset_name {args.dataset_name}", "Parquet files, whole ones"):
-        data = load_data(args.dataset_name, args.dataset_config_name, args.dataset_split_name, **options)
-        if not isinstance(data, datasets.IterableDataset):
-            raise ValueError("it was written by `save_to_disk`")
-        return data.reshard()
+            data = load_dataset(name, split=split, **options)
+        for column, feature in data.features.items():
+            if isinstance(feature, datasets.Image):
+                data = data.cast_column(column, datasets.Image(decode=False))
+        return data.reshard() if streaming else data
 
 
 def read_columns(data, columns, args):
     """Columns of all rows as a DataFrame: for keys, labels and captions, not for images."""
     if isinstance(data, datasets.Dataset):
         return data.select_columns(columns).to_pandas()
-    batches = stream_data(args, columns).with_format("pandas").iter(10_000)
+    batches = load_data("dataset_split_name", args, True, columns).with_format("pandas").iter(10_000)
     return pd.concat(list(tqdm(batches, desc="Keys", unit="batch")), ignore_index=True)
-
-
-def require_columns(columns, flags):
-    """Raises a `UserError` with every column that `flags`, `{flag: column or columns}`, name and `columns` lack."""
-    named = [(flag, name) for flag, names in flags.items() for name in ([names] if isinstance(names, str) else names)]
-    missing = [f"--{flag} {name}" for flag, name in named if name not in columns]
-    if missing:
-        raise UserError(
-            f"The data set has no column for {', '.join(missing)}. It has {', '.join(columns)}: name the right ones."
-        )
 
 
 def image_folders(dataset_name):
@@ -732,12 +699,14 @@ def image_folders(dataset_name):
     return [path.resolve() for path in (*folder, Path(datasets.config.HF_CACHE_HOME))]
 
 
-def decode_image(data, folders):
+def decode_image(data, folders, side=None):
     """An RGB image of encoded bytes, or of the `{"bytes", "path"}` that a `datasets.Image` column holds.
 
     It is turned upright by its EXIF orientation; what is transparent becomes white; 16-bit grey becomes 8-bit; of an
-    animation it is the first frame. A `ValueError` says that it is missing, empty, damaged, in another format than
-    `IMAGE_FORMATS`, larger than `MAX_PIXELS`, or a path outside of `folders`, see `image_folders`.
+    animation it is the first frame. A JPEG is decoded at a half, a quarter or an eighth of its size, which is far
+    faster, where both sides stay at least `side` pixels long. A `ValueError` says that it is missing, empty, damaged,
+    in another format than `IMAGE_FORMATS`, larger than `MAX_PIXELS`, or a path outside of `folders`, see
+    `image_folders`.
     """
     try:
         if isinstance(data, dict):
@@ -750,6 +719,8 @@ def decode_image(data, folders):
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        if side is not None:
+            image.draft(None, (side, side))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # Pillow would clip them to white
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -762,8 +733,8 @@ def decode_image(data, folders):
         raise ValueError(f"not a readable image ({type(error).__name__}: {text})") from error
 
 
-def join_labels(keys, args):
-    """Labels of the --labels_path files for P pairs: float64 `[P]`, NaN where the label is null.
+def join_labels(keys, split, args):
+    """Labels of the --labels_path files for P pairs of a split: float64 `[P]`, NaN where the label is null.
 
     `keys` is a DataFrame `[P, 2 or 3]`, the values of --key_columns in the data set. A `UserError` says that a column
     is missing, that a pair has no row in the files, or that two rows of one pair contradict each other."""
@@ -771,10 +742,9 @@ def join_labels(keys, args):
     present = set.intersection(*(set(pq.read_schema(path).names) for path in args.labels_path))
     columns = [key for key in LABEL_KEYS[: keys.shape[1]] if key in present]
     if label not in present or columns[:2] != LABEL_KEYS[:2]:
-        raise UserError(
-            f"{flag} needs the columns {', '.join(LABEL_KEYS[:2])} and {label}, it has {', '.join(sorted(present))}:"
-            " write it with relabel_pickapic.py."
-        )
+        needed = f"{', '.join(LABEL_KEYS[:2])} and {label}"
+        has = ", ".join(sorted(present))
+        raise UserError(f"{flag} needs the columns {needed}, it has {has}: write it with relabel_pickapic.py.")
     labels = pd.concat([pd.read_parquet(path, columns=[*columns, label]) for path in args.labels_path])
     labels = labels.astype(dict.fromkeys(columns, str)).drop_duplicates()
     doubled = labels[labels.duplicated(columns)]
@@ -782,11 +752,11 @@ def join_labels(keys, args):
         raise UserError(f"{flag} has several labels for {doubled.iloc[0][columns].to_dict()}. A pair needs one.")
     keys = keys.iloc[:, : len(columns)].set_axis(columns, axis=1).astype(str)
     joined = keys.merge(labels, how="left", on=columns, validate="many_to_one", indicator=True)
-    unmatched = np.flatnonzero(joined["_merge"] == "left_only")
+    unmatched = keys[joined["_merge"] == "left_only"]
     if len(unmatched):
         raise UserError(
-            f"{flag} has no label for {len(unmatched)} of the {len(keys)} pairs; the first is row {unmatched[0]} of"
-            f" the data set, {keys.iloc[unmatched[0]].to_dict()}. Both have to come from the same data set and split."
+            f"{flag} has no label for {len(unmatched)} of the {len(keys)} pairs of the split {split}; the first is row"
+            f" {unmatched.index[0]}, {unmatched.iloc[0].to_dict()}. Both have to come from the same data and split."
         )
     return joined[label].to_numpy(np.float64)
 
@@ -836,8 +806,8 @@ class Pairs(torch.utils.data.Dataset):
 
     def subset(self, chosen):
         """The pairs of a mask or of indices `[K]`."""
-        rows, soft_labels_0, keys = self.rows[chosen], self.soft_labels_0[chosen], self.keys.iloc[chosen]
-        return Pairs(self.data, rows, soft_labels_0, keys, self.num_train_timesteps, self.args)
+        parts = {"rows": self.rows, "soft_labels_0": self.soft_labels_0}
+        return replace(self, **{name: part[chosen] for name, part in parts.items()}, keys=self.keys.iloc[chosen])
 
 
 def select_pairs(data, num_train_timesteps, args):
@@ -846,38 +816,41 @@ def select_pairs(data, num_train_timesteps, args):
     Left out are pairs without a label (their images could not be scored), pairs labelled exactly 0.5, whose gradient
     is zero, and pairs that people called a tie (`--human_label_column`). A `UserError` says that a column is missing
     or holds something else, that labels and pairs do not match, or that no pair is left."""
-    required = {"image_columns": args.image_columns, "caption_column": args.caption_column}
-    required |= {"key_columns": args.key_columns[:2]} if args.labels_path or args.streaming else {}
-    required |= {} if args.labels_path else {"label_column": args.label_column}
-    require_columns(data.column_names, required)
-    key_columns = [name for name in args.key_columns if name in data.column_names]
-    label_columns = [] if args.labels_path else [args.label_column]
-    has_human_labels = args.human_label_column in data.column_names
-    label_columns += [args.human_label_column] * has_human_labels
-    table = read_columns(data, list(dict.fromkeys([args.caption_column, *key_columns, *label_columns])), args)
-    if not table[args.caption_column].map(lambda caption: isinstance(caption, str)).any():
-        raise UserError(f"--caption_column {args.caption_column} holds no texts: name the right one.")
+    flags = {"image_columns": args.image_columns, "caption_column": [args.caption_column]}
+    flags |= {"key_columns": args.key_columns[:2]} if args.labels_path or args.streaming else {}
+    flags |= {} if args.labels_path else {"label_column": [args.label_column]}
+    named = [(flag, column) for flag, columns in flags.items() for column in columns]
+    missing = [f"--{flag} {column}" for flag, column in named if column not in data.column_names]
+    if missing:
+        has = ", ".join(data.column_names)
+        raise UserError(f"The data set has no column for {', '.join(missing)}. It has {has}: name the right ones.")
     for column in args.image_columns:
         kind = data.features[column]
         if not isinstance(kind, (datasets.Image, dict)) and kind.dtype not in ("binary", "large_binary"):
             raise UserError(f"--image_columns {column} has to hold encoded images, it holds {kind.dtype}.")
+    key_columns = [name for name in args.key_columns if name in data.column_names]
+    label_columns = [name for name in (args.label_column, args.human_label_column) if name in data.column_names]
+    label_columns = [name for name in label_columns if name != args.label_column or not args.labels_path]
+    table = read_columns(data, list(dict.fromkeys([args.caption_column, *key_columns, *label_columns])), args)
+    if not table[args.caption_column].map(lambda caption: isinstance(caption, str)).any():
+        raise UserError(f"--caption_column {args.caption_column} holds no texts: name the right one.")
     for column in label_columns:
         if not pd.api.types.is_numeric_dtype(table[column]):
             found = table[column].dropna().iloc[:1].tolist()
             raise UserError(f"The label column {column} has to hold numbers in [0, 1], it holds {found}.")
-    own_labels = None if args.labels_path else table[args.label_column].to_numpy(np.float64)
-    labels = join_labels(table[key_columns], args) if own_labels is None else own_labels
+    if args.labels_path:
+        labels = join_labels(table[key_columns], data.split, args)
+    else:
+        labels = table[args.label_column].to_numpy(np.float64)
     for row in np.flatnonzero((labels < 0) | (labels > 1))[:1]:
         raise UserError(
-            f"--label_column {args.label_column} has to be in [0, 1] or null: row {row} has {labels[row]}."
+            f"--label_column {args.label_column} has to be in [0, 1], or null: row {row} is {labels[row]}."
         )
     if args.gamma != 1 and np.isin(labels[~np.isnan(labels)], (0, 0.5, 1)).all():
-        logger.warning(
-            f"All labels are 0, 0.5 or 1: --gamma 1 is Diffusion-DPO, --gamma {args.gamma:g} a beta that much larger."
-        )
+        logger.warning(f"All labels are 0, 0.5 or 1: with --gamma 1, not {args.gamma:g}, this is Diffusion-DPO.")
     labels = labels.astype(np.float32)
     unlabelled, undecided = np.isnan(labels), labels == 0.5
-    tied = table[args.human_label_column].to_numpy() == 0.5 if has_human_labels else np.zeros(len(table), dtype=bool)
+    tied = table.get(args.human_label_column, pd.Series(np.nan, table.index)).to_numpy() == 0.5
     rows = np.flatnonzero(~(unlabelled | undecided | tied))
     logger.info(
         f"{len(table)} pairs: {unlabelled.sum()} without a label, {undecided.sum()} labelled 0.5 and {tied.sum()}"
@@ -902,39 +875,40 @@ def hold_out(pairs, args):
 def load_pairs(accelerator, num_train_timesteps, args):
     """The `Pairs` to train on, and those to validate on or None; a `UserError` if they are too few."""
 
-    def load(split, streaming):
+    def load(flag, streaming=False):
         with accelerator.main_process_first():
-            data = stream_data(args) if streaming else load_data(args.dataset_name, args.dataset_config_name, split)
+            data = load_data(flag, args, streaming)
         return select_pairs(data, num_train_timesteps, args)
 
-    pairs, held_out = load(args.dataset_split_name, args.streaming), None
+    pairs, held_out = load("dataset_split_name", args.streaming), None
     if is_share(args.validation_split):
         chosen = hold_out(pairs, args)
         held_out, pairs = pairs.subset(chosen), pairs.subset(~chosen)
     elif args.validation_split is not None:
-        with explain_errors("validation_split", args.validation_split, "a split with labels, or a share"):
-            held_out = load(args.validation_split, False)
+        held_out = load("validation_split")
     if args.max_train_samples is not None:
         chosen = np.random.default_rng(args.seed).permutation(len(pairs))[: args.max_train_samples]
         pairs = pairs.subset(np.sort(chosen))
+    batch = f"--train_batch_size {args.train_batch_size} on {accelerator.num_processes} processes"
     needed = args.train_batch_size * accelerator.num_processes
     for name, some in (("the data set", pairs), (f"--validation_split {args.validation_split}", held_out)):
         if some is not None and len(some) < needed:
-            raise UserError(
-                f"--train_batch_size {args.train_batch_size} on {accelerator.num_processes} processes needs {needed}"
-                f" pairs, and {name} has {len(some)}: use a smaller batch."
-            )
+            raise UserError(f"{batch} needs {needed} pairs, and {name} has {len(some)}: use a smaller batch.")
     return pairs, held_out
 
 
 def prepare_pair(pair, soft_label_0, drawn, args):
     """A row of the data set as tensors, or a `ValueError` if its caption is no text or an image cannot be read."""
-    caption = pair[args.caption_column]
+    caption, size = pair[args.caption_column], args.resolution
     if not isinstance(caption, str):
         raise ValueError(f"{args.caption_column} is {type(caption).__name__}, not a text")
-    images = [decode_image(pair[column], image_folders(args.dataset_name)) for column in args.image_columns]
+    folders = image_folders(args.dataset_name)
+    # A JPEG twice as large as needed has as much detail after `cut_square` as the whole one.
+    images = [decode_image(pair[column], folders, 2 * size) for column in args.image_columns]
+    if 2 * min(min(image.size) for image in images) < size:
+        warnings.warn(f"Images are enlarged more than twice to --resolution {size}: lower it, or use larger ones.")
     return {
-        "pixel_values": [cut_square(image, args.resolution, drawn["mirror"]) for image in images],
+        "pixel_values": [cut_square(image, size, drawn["mirror"]) for image in images],
         "caption": "" if drawn["empty"] else caption,
         "soft_label_0": float(soft_label_0),
         "timestep": drawn["timestep"],
@@ -962,9 +936,9 @@ def collate_pairs(examples):
 
 
 def group_for_inversion(pairs, timestep_of, args):
-    """An optimiser step's pairs in groups to be inverted together: whole micro-batches, --inversion_batch_size pairs
-    if they are so small. Sorted by timestep, those of a group make about as many moves and few calls of the UNet are
-    small ones."""
+    """An optimiser step's pairs in groups to be inverted together: whole micro-batches, at most --inversion_batch_size
+    pairs if that is one or more. Sorted by timestep, those of a group make about as many moves, so that few calls of
+    the UNet are small."""
     size = args.train_batch_size * max(1, args.inversion_batch_size // args.train_batch_size)
     pairs = sorted(pairs, key=timestep_of)
     return [pairs[first : first + size] for first in range(0, len(pairs), size)]
@@ -995,73 +969,61 @@ def shuffled_keys(pairs, start, num_processes, process_index, args):
         yield from group_for_inversion(keys, pairs.timestep, args)
 
 
-def streamed_batches(pairs, state, accelerator, args):
-    """Endless batches of one process from `Pairs` that are read in order, with --streaming.
+def streamed_examples(pairs, state, accelerator, args):
+    """Endless examples of one process from `Pairs` that are read in order, each with the state to go on from after it.
 
     The row groups are shuffled by (seed, epoch), shared out to the processes, and `MIXED_ROW_GROUPS` of them read in
-    turns. The last batch of an optimiser step holds the `state` with which another run goes on from there. A
-    `UserError` says which data break off."""
-    rank = accelerator.process_index
+    turns. A `UserError` says which data break off."""
+    name, rank, columns = args.dataset_name, accelerator.process_index, list(pairs.keys.columns)
     stream = pairs.data.shuffle(seed=args.seed, buffer_size=1, max_buffer_input_shards=MIXED_ROW_GROUPS)
     strategy = "shards" if stream.num_shards >= accelerator.num_processes else "examples"
     stream = split_dataset_by_node(stream, rank, accelerator.num_processes, strategy)
-    columns = list(pairs.keys.columns)
-    labels = pairs.keys.astype(str).assign(label=pairs.soft_labels_0).drop_duplicates()
-    if labels.duplicated(columns).any():
+    labels = pairs.keys.astype(str).assign(label=pairs.soft_labels_0).drop_duplicates().set_index(columns)["label"]
+    if not labels.index.is_unique:
         raise UserError(f"--key_columns {' '.join(columns)} do not tell pairs with unlike labels apart: name more.")
-    label_of = labels.set_index(columns)["label"].to_dict()
+    label_of = labels.to_dict()
 
-    def examples(epoch, drawn, position):
-        problems = []
-        while True:
-            stream.set_epoch(epoch)
-            if position is not None:
-                stream.load_state_dict(position)
-            before = drawn
-            with explain_errors("dataset_name", args.dataset_name, "whole Parquet files: fetch them again"):
-                for pair in stream:
-                    key = tuple(str(pair[column]) for column in columns)
-                    if key not in label_of:
-                        continue
-                    drawn += 1
-                    try:
-                        example = prepare_pair(pair, label_of[key], pairs.draw(epoch, rank, drawn), args)
-                    except ValueError as error:
-                        problems.append(f"{key}: {error}")
-                        continue
-                    state = {"epoch": epoch, "drawn": drawn, "position": stream.state_dict()}
-                    yield {**example, "problems": problems}, state
-                    problems = []
-            if (drawn == before and position is None) or len(problems) > len(pairs):
-                reason = problems[-1] if problems else "--key_columns fit no label, or processes outnumber row groups"
-                raise UserError(
-                    f"No pair of --dataset_name {args.dataset_name} can be read by process {rank}: {reason}."
-                )
-            epoch, position = epoch + 1, None
+    (epoch, drawn, position), problems = state or (0, 0, None), []
+    while True:
+        stream.set_epoch(epoch)
+        if position is not None:
+            stream.load_state_dict(position)
+        before = drawn
+        with explain_errors("dataset_name", name, "whole Parquet files: fetch them again"):
+            for pair in stream:
+                key = tuple(str(pair[column]) for column in columns)
+                if key not in label_of:
+                    continue
+                drawn += 1
+                try:
+                    example = prepare_pair(pair, label_of[key], pairs.draw(epoch, rank, drawn), args)
+                except ValueError as error:
+                    problems.append(f"{key}: {error}")
+                    continue
+                yield {**example, "problems": problems, "state": (epoch, drawn, stream.state_dict())}
+                problems = []
+        if (drawn == before and position is None) or len(problems) > len(pairs):
+            reason = problems[-1] if problems else "--key_columns fit no label, or processes outnumber row groups"
+            raise UserError(f"No pair of --dataset_name {name} can be read by process {rank}: {reason}.")
+        epoch, position = epoch + 1, None
 
-    endless = examples(**(state or {"epoch": 0, "drawn": 0, "position": None}))
+
+def streamed_batches(pairs, state, accelerator, args):
+    """Endless batches of one process, with --streaming. The last of an optimiser step holds the `state` after it."""
+    endless = streamed_examples(pairs, state, accelerator, args)
     reader = ThreadPoolExecutor(1)  # ahead of the step that uses it
     try:
         ahead = deque(reader.submit(next, endless) for _ in range(READ_AHEAD))
         while True:
             step = []
-            while len(step) < args.train_batch_size * args.gradient_accumulation_steps:
-                example, state = ahead.popleft().result()
+            for _ in range(args.train_batch_size * args.gradient_accumulation_steps):
+                step.append(ahead.popleft().result())
                 ahead.append(reader.submit(next, endless))
-                step.append(example)
             *groups, last = group_for_inversion(step, lambda example: example["timestep"], args)
             yield from map(collate_pairs, groups)
-            yield {**collate_pairs(last), "state": state}
+            yield {**collate_pairs(last), "state": step[-1]["state"]}
     finally:
         reader.shutdown(wait=False, cancel_futures=True)
-
-
-def num_workers(accelerator, args):
-    """How many processes decode images for this one."""
-    if args.dataloader_num_workers is not None or accelerator.device.type == "cpu":
-        return args.dataloader_num_workers or 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(MAX_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def ignore_stop(worker):
@@ -1071,15 +1033,17 @@ def ignore_stop(worker):
 
 
 def make_loader(accelerator, pairs, groups, args):
-    """Batches of `Pairs`, one for each group of keys."""
-    return torch.utils.data.DataLoader(
-        pairs,
-        batch_sampler=groups,
-        collate_fn=collate_pairs,
-        num_workers=num_workers(accelerator, args),
-        worker_init_fn=ignore_stop,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    """Batches of `Pairs`, one for each group of keys, decoded by other processes where there is a GPU to be fed."""
+    on_gpu, num_workers = accelerator.device.type != "cpu", args.dataloader_num_workers
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        num_workers = min(MAX_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if on_gpu else 0
+    workers = {
+        "num_workers": num_workers,
+        "worker_init_fn": ignore_stop,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
+    return torch.utils.data.DataLoader(pairs, batch_sampler=groups, collate_fn=collate_pairs, **workers)
 
 
 def make_batches(accelerator, pairs, progress, args):
@@ -1117,7 +1081,7 @@ def find_checkpoints(output_dir):
 
 def save_lora(unet, folder):
     """Writes the LoRA of a UNet as `LORA_FILE`, which any diffusers pipeline loads; equal runs write equal files."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    layers = diffusers.utils.convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     layers = {
         f"unet.{name}": value.contiguous() for name, value in layers.items()
     }  # convolutions may be channels_last
@@ -1130,7 +1094,7 @@ def save_lora(unet, folder):
 def save_kohya_lora(unet, folder, lora_alpha):
     """Writes the LoRA of a UNet as `KOHYA_LORA_FILE`, named as in kohya-ss' sd-scripts, each layer with its alpha."""
     layers = {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
-    layers = convert_state_dict_to_kohya(layers)
+    layers = diffusers.utils.convert_state_dict_to_kohya(layers)
     for name in layers:
         if name.endswith(".alpha"):
             layers[name] = torch.tensor(float(lora_alpha))  # the conversion takes the rank for it
@@ -1139,11 +1103,12 @@ def save_kohya_lora(unet, folder, lora_alpha):
 
 def load_lora(unet, folder):
     """Loads what `save_lora` wrote into the adapter that the UNet already has, or says that it does not fit."""
-    state_dict, _ = PIPELINE.lora_state_dict(folder, weight_name=LORA_FILE)
-    state_dict = {key.removeprefix("unet."): value for key, value in state_dict.items() if key.startswith("unet.")}
-    state_dict = convert_unet_state_dict_to_peft(state_dict)
+    layers = load_file(Path(folder) / LORA_FILE).items()
+    state_dict = diffusers.utils.convert_unet_state_dict_to_peft(
+        {name.removeprefix("unet."): value for name, value in layers}
+    )
     own = get_peft_model_state_dict(unet)
-    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in state_dict.items()}:
+    if {name: value.shape for name, value in own.items()} != {name: v.shape for name, v in state_dict.items()}:
         raise UserError(f"{folder}: its LoRA does not fit --rank and --lora_layers of this run.")
     set_peft_model_state_dict(unet, state_dict, adapter_name="default")
     cast_training_params(unet, dtype=torch.float32)
@@ -1167,15 +1132,12 @@ def register_checkpoint_hooks(accelerator, args):
     """Makes accelerate save and load the policy as a diffusers UNet or LoRA, under FSDP as shards besides."""
 
     def save_hook(models, weights, output_dir):
-        for model in models:
-            unet = plain_unet(accelerator, model)
-            if accelerator.is_main_process:
-                if args.rank is None:
-                    unet.save_pretrained(Path(output_dir) / "unet")
-                else:
-                    save_lora(unet, output_dir)
-            if weights:
-                weights.pop()
+        unet = plain_unet(accelerator, models[0])
+        if accelerator.is_main_process and args.rank is None:
+            unet.save_pretrained(Path(output_dir) / "unet")
+        elif accelerator.is_main_process:
+            save_lora(unet, output_dir)
+        weights.clear()
 
     def load_hook(models, input_dir):
         while models:
@@ -1223,10 +1185,8 @@ def save_checkpoint(accelerator, progress, record, args):
             partial.rename(folder)
             sync_to_disk(folder.parent)
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # of a full disk
-        raise UserError(
-            f"--output_dir {args.output_dir}: {folder.name} cannot be written ({error}). {last_checkpoint(args)}"
-            " Make room and resume."
-        ) from error
+        problem = f"--output_dir {args.output_dir}: {folder.name} cannot be written ({error})."
+        raise UserError(f"{problem} {last_checkpoint(args)} Make room and resume.") from error
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
         for old in find_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
             doomed = old.with_name(f"partial-{old.name}")  # half deleted, it no longer has a checkpoint's name
@@ -1279,25 +1239,22 @@ def require_same_run(record, args):
 def claim_output(accelerator, record, args):
     """Makes the output folder, keeps other runs out of it, clears away what a killed run was still writing there, and
     writes the record. A `UserError` names the run that is in it."""
-    folder = Path(args.output_dir)
     if not accelerator.is_main_process:
         yield
         return
+    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / LOCK_FILE).acquire(timeout=0)
     except Timeout as error:
-        record_file = folder / RECORD_FILE
-        holder = json.loads(record_file.read_text())["process"] if record_file.is_file() else "another run"
+        file = folder / RECORD_FILE
+        holder = json.loads(file.read_text())["process"] if file.is_file() else "another run"
         raise UserError(f"--output_dir {folder} is in use by {holder}: wait for it or stop it.") from error
-    try:
+    with lock:
         for leftover in folder.glob("partial-checkpoint-*"):
             shutil.rmtree(leftover)
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2))
         yield
-    finally:
-        lock.release()
 
 
 def listen_for_stop():
@@ -1328,52 +1285,39 @@ def make_pipeline(unet, args, **parts):
 
 @torch.no_grad()
 def draw_validation(accelerator, unet, context):
-    """Images of one UNet for the validation prompts, the same seeds every time: a list of a list a prompt."""
-    models, args, device = context.models, context.args, accelerator.device
-    unet, vae = accelerator.unwrap_model(unet), models["vae"]
+    """Images of one UNet for the validation prompts, one prompt after the other, the same seeds every time."""
+    models, args, device, images = context.models, context.args, accelerator.device, []
     parts = {part: models[part] for part in ["vae", *TOKENIZERS, *TEXT_ENCODERS]}
-    pipeline = make_pipeline(unet, args, **parts, **PIPELINE_OPTIONS)
-    images, encoders = [], [models[part] for part in TEXT_ENCODERS]
-    with offload_models(vae, *encoders, device=device, offload=args.offload):
+    pipeline = make_pipeline(accelerator.unwrap_model(unet), args, **parts, **PIPELINE_OPTIONS)
+    vae, seeds = models["vae"], range(args.seed, args.seed + args.num_validation_images)
+    options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
+    options["num_inference_steps"] = args.validation_inference_steps
+    with offload_models(vae, *(models[part] for part in TEXT_ENCODERS), device=device, offload=args.offload):
         for prompt in args.validation_prompts:
-            seeds = range(args.seed, args.seed + args.num_validation_images)
+            generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
             with context.autocast():
-                latents = pipeline(
-                    [prompt] * len(seeds),
-                    height=args.resolution,
-                    width=args.resolution,
-                    num_inference_steps=args.validation_inference_steps,
-                    generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
-                    output_type="latent",
-                ).images
+                latents = pipeline([prompt] * len(seeds), generator=generators, **options).images
             # In the VAE's own precision: autocast would take a VAE in fp32 down with it.
             latents = (latents / vae.config.scaling_factor).to(vae.dtype)
             decoded = torch.cat([vae.decode(latent).sample for latent in latents.split(1)])
-            images.append(pipeline.image_processor.postprocess(decoded))
+            images += pipeline.image_processor.postprocess(decoded)
     del pipeline
     free_memory()
     return images
 
 
-def side_by_side(base_images, tuned_images, prompts):
-    """One picture: a row a prompt with its text above, each base image left of the tuned one at the same seed.
-
-    `base_images` and `tuned_images` are a list of images for each prompt, all of one size; they are shown
-    `THUMBNAIL` pixels wide.
-    """
-    width = THUMBNAIL
-    height = width * base_images[0][0].height // base_images[0][0].width
-    columns = 2 * len(base_images[0])
-    texts = [textwrap.fill(f"base | tuned: {prompt}", columns * width // 6) for prompt in prompts]  # 6 pixels a letter
-    text_height = 8 + 15 * max(text.count("\n") + 1 for text in texts)
-    sheet = Image.new("RGB", (columns * width, len(prompts) * (height + text_height)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (text, *images) in enumerate(zip(texts, base_images, tuned_images)):
-        top = row * (height + text_height)
-        draw.multiline_text((4, top + 4), text, fill="black", font_size=10)
-        for column, image in enumerate(image for pair in zip(*images) for image in pair):
-            sheet.paste(image.resize((width, height)), (column * width, top + text_height))
-    return sheet
+def show_images(accelerator, base_images, images, step, args):
+    """Saves and logs `validation/step-STEP.png`: a row a prompt, each base image left of the tuned one of its seed."""
+    side_by_side = list(itertools.chain.from_iterable(zip(base_images, images)))
+    shape = {"rows": len(args.validation_prompts), "cols": 2 * args.num_validation_images, "resize": THUMBNAIL}
+    grid = diffusers.utils.make_image_grid(side_by_side, **shape)
+    path = Path(args.output_dir) / "validation" / f"step-{step}.png"
+    path.parent.mkdir(exist_ok=True)
+    grid.save(path)
+    accelerator.log({"validation_prompts": "; ".join(args.validation_prompts)}, step=step)
+    for tracker in accelerator.trackers:
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **options)
 
 
 @torch.no_grad()
@@ -1400,16 +1344,16 @@ def validate_pairs(accelerator, held_out, context):
 
 
 class Validation:
-    """What --validation_split and --validation_prompts ask for; the base model's part of it is done once."""
+    """What --validation_split and --validation_prompts ask for; the base model's images are drawn once."""
 
     def __init__(self, accelerator, held_out, context):
         self.accelerator, self.held_out, self.context = accelerator, held_out, context
-        self.base_images = self.step = self.picture = None  # step and picture's file of the newest validation
+        self.base_images = self.step = None  # step of the newest validation
 
     def run(self, step):
-        """Logs and returns the metrics of an optimiser step, and draws `validation/step-STEP.png`. All processes call
-        it."""
-        accelerator, context, self.step, metrics = self.accelerator, self.context, step, {}
+        """Logs and returns the metrics of an optimiser step, and draws. All processes call it."""
+        accelerator, context, metrics = self.accelerator, self.context, {}
+        self.step = step
         if self.held_out is not None:
             metrics = validate_pairs(accelerator, self.held_out, context)
             accelerator.log(metrics, step=step)
@@ -1419,48 +1363,42 @@ class Validation:
                     self.base_images = draw_validation(accelerator, reference, context)
             images = draw_validation(accelerator, context.models["unet"], context)
             if accelerator.is_main_process:
-                some = slice(NUM_PICTURED_PROMPTS)
-                sheet = side_by_side(self.base_images[some], images[some], context.args.validation_prompts[some])
-                self.picture = Path(context.args.output_dir) / "validation" / f"step-{step}.png"
-                self.picture.parent.mkdir(exist_ok=True)
-                sheet.save(self.picture)
-                for tracker in accelerator.trackers:
-                    if tracker.name == "tensorboard":
-                        tracker.writer.add_images("validation", np.asarray(sheet)[None], step, dataformats="NHWC")
-                    if tracker.name == "wandb":
-                        tracker.log({"validation": wandb.Image(str(self.picture))}, step=step)
+                show_images(accelerator, self.base_images, images, step, context.args)
         return metrics
 
 
-def save_model_card(args, metrics, picture):
+def save_model_card(args, metrics, step):
     """Writes README.md of the output folder: what was trained from what, on what, how, and how to load it."""
-    lora, base = args.rank is not None, args.pretrained_model_name_or_path
+    lora, base = args.rank is not None, published(args.pretrained_model_name_or_path)
     ours = args.hub_model_id or Path(args.output_dir).resolve().name
-    load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{published(base) if lora else ours}")'
-    if lora:
-        load += f'\npipeline.load_lora_weights("{ours}")'
+    load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{base if lora else ours}")'
+    load += f'\npipeline.load_lora_weights("{ours}")' if lora else ""
     recipe = {name: published(getattr(args, name)) for name in SAME_RUN if getattr(args, name) is not None}
+    prompts = "; ".join(html.escape(prompt) for prompt in args.validation_prompts or [])
     sections = [
-        f"# SmPO-Diffusion {'LoRA' if lora else 'fine-tuning'} of {published(base)}",
+        f"# SmPO-Diffusion {'LoRA' if lora else 'fine-tuning'} of {base}",
         "Trained on preference pairs with [SmPO-Diffusion](https://arxiv.org/abs/2506.02698) (Smoothed Preference"
         f" Optimization via ReNoise Inversion, ICML 2025), on `{published(args.dataset_name)}`.",
         f"```python\nfrom diffusers import {PIPELINE.__name__}\n\n{load}\n```",
-        f"![Base and tuned, at the same seeds](validation/{picture.name})" if picture else "",
-        "## Last logged step\n\n| metric | value |\n|---|---|"
-        + "".join(f"\n| {name} | {value:.5g} |" for name, value in metrics.items()),
-        "## Recipe\n\n| flag | value |\n|---|---|"
-        + "".join(f"\n| `{name}` | `{value}` |" for name, value in recipe.items()),
+        f"![base, tuned](validation/step-{step}.png)\n\nBase left of tuned, a row a prompt: {prompts}"
+        if prompts
+        else "",
+        "## Last logged step\n",
+        "| metric | value |\n|---|---|",
+        *(f"| {name} | {value:.5g} |" for name, value in metrics.items()),
+        "\n## Recipe\n",
+        "| flag | value |\n|---|---|",
+        *(f"| `{name}` | `{value}` |" for name, value in recipe.items()),
     ]
     data = ModelCardData(
-        base_model=None if Path(base).exists() else base,
+        base_model=None if Path(args.pretrained_model_name_or_path).exists() else base,
         datasets=[args.dataset_name] if re.fullmatch(r"[\w.-]+/[\w.-]+", args.dataset_name) else None,
         library_name="diffusers",
         license=MODEL_LICENSE,
         pipeline_tag="text-to-image",
         tags=[MODEL_TAG, "text-to-image", "diffusers", "diffusers-training", "dpo", "smpo", *["lora"] * lora],
     )
-    card = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
-    ModelCard(card).save(Path(args.output_dir) / "README.md")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(sections)).save(Path(args.output_dir) / "README.md")
 
 
 def published(value):
@@ -1469,21 +1407,20 @@ def published(value):
     return Path(value).name if Path(value).exists() else re.sub("://[^/@]*@", "://", value)
 
 
-def save_final(unet, metrics, picture, args):
+def save_final(unet, metrics, step, args):
     """Writes the result to the output folder: the LoRA in two formats, or a whole pipeline; and the model card."""
     if args.rank is not None:
         save_lora(unet, args.output_dir)
         save_kohya_lora(unet, args.output_dir, args.lora_alpha)
     else:
         unet.save_pretrained(Path(args.output_dir) / "unet")  # first: the rest of the pipeline may fail to load
-        vae = Network("vae", AutoencoderKL, args).load(torch.float32)
-        pipeline = make_pipeline(unet, args, vae=vae)
+        pipeline = make_pipeline(unet, args, vae=load_network("vae", AutoencoderKL, args, torch.float32))
         for part in TEXT_ENCODERS:
             getattr(pipeline, part).to(torch.float32)
         for part in (pipeline, pipeline.unet, pipeline.vae):
             part.register_to_config(_name_or_path=published(part.config["_name_or_path"]))
         pipeline.save_pretrained(args.output_dir)
-    save_model_card(args, metrics, picture)
+    save_model_card(args, metrics, step)
     if args.push_to_hub:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         repo_id = create_repo(repo_id=name, exist_ok=True, private=not args.hub_public).repo_id
@@ -1508,14 +1445,20 @@ def checked(kind, fits, accepted):
     return parse
 
 
-count = checked(int, lambda value: value > 0, "a whole number above 0")
-natural = checked(int, lambda value: value >= 0, "a whole number, 0 or more")
-positive = checked(float, lambda value: value > 0, "a number above 0")
-nonnegative = checked(float, lambda value: value >= 0, "a number, 0 or more")
-decay = checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
-share = checked(float, lambda value: 0 <= value <= 1, "in [0, 1]")
-side = checked(int, lambda value: value > 0 and value % 8 == 0, "a multiple of 8, the VAE's factor")
-path = os.path.expanduser
+int_from_1 = checked(int, lambda value: value > 0, "a whole number above 0")
+int_from_0 = checked(int, lambda value: value >= 0, "a whole number, 0 or more")
+above_0 = checked(float, lambda value: value > 0, "a number above 0")
+from_0 = checked(float, lambda value: value >= 0, "a number, 0 or more")
+below_1 = checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
+up_to_1 = checked(float, lambda value: 0 <= value <= 1, "in [0, 1]")
+multiple_of_8 = checked(int, lambda value: value > 0 and value % 8 == 0, "a multiple of 8, the VAE's factor")
+
+
+def nonempty(text):
+    """An argparse type: a text that is not empty, with ~ for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: is the variable set that it comes from?")
+    return os.path.expanduser(text)
 
 
 def is_share(validation_split):
@@ -1530,50 +1473,48 @@ def parse_args(input_args=None):
     yes = {"action": "store_true"}
 
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, type=path, help="Base model: a Hub name or a folder.")
+    add("--pretrained_model_name_or_path", required=True, type=nonempty, help="Base model: a Hub name or a folder.")
     add("--revision", help="Revision of the base model on the Hub.")
     add("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
-    add("--pretrained_unet_model_name_or_path", type=path, help="UNet to start from, say a fine-tuned one.")
-    add("--pretrained_vae_model_name_or_path", type=path, help="VAE to use, say madebyollin/sdxl-vae-fp16-fix.")
-    add("--rank", type=count, help="Train a LoRA of this rank. Default: all weights of the UNet.")
-    add("--lora_alpha", type=count, help="LoRA scale numerator. Default: the rank.")
+    add("--pretrained_unet_model_name_or_path", type=nonempty, help="UNet to start from, say a fine-tuned one.")
+    add("--pretrained_vae_model_name_or_path", type=nonempty, help="VAE to use, say sdxl-vae-fp16-fix.")
+    add("--rank", type=int_from_1, help="Train a LoRA of this rank. Default: all weights of the UNet.")
+    add("--lora_alpha", type=int_from_1, help="LoRA scale numerator. Default: the rank.")
     add("--lora_layers", help=f"Comma-separated modules that get a LoRA. Default: {LORA_LAYERS}.")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", required=True, type=path, help=f"Data set: {DATASET_ACCEPTED}.")
-    add("--dataset_config_name", help="Configuration of the data set, if it has several.")
+    add("--dataset_name", required=True, type=nonempty, help=f"Data set: {DATASET_ACCEPTED}.")
     add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
     add("--streaming", **yes, help="Read Parquet files where they lie, on a disk or on the Hub, without a copy.")
-    add("--labels_path", nargs="+", type=path, help="Labels files of relabel_pickapic.py, joined by keys.")
+    add("--labels_path", nargs="+", type=nonempty, help="Labels files of relabel_pickapic.py, joined by keys.")
     add("--label_column", default="soft_label_0", help="P(image 0 is preferred), in the labels or the data.")
     add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")
     add("--caption_column", default="caption", help="Prompt of the images.")
     add("--key_columns", nargs="+", default=LABEL_KEYS, help="What names images 0 and 1, and the comparison if known.")
     add("--human_label_column", default="label_0", help="In {0, 0.5, 1}; ties are left out. May be missing.")
-    add("--max_train_samples", type=count, help="Train on this many pairs, drawn with --seed.")
-    add("--resolution", type=side, default=1024, help="Side of the square images, in pixels.")
+    add("--max_train_samples", type=int_from_1, help="Train on this many pairs, drawn with --seed.")
+    add("--resolution", type=multiple_of_8, default=1024, help="Side of the square images, in pixels.")
     add("--no_hflip", **yes, help="Never mirror. Otherwise half of the pairs are.")
-    add("--proportion_empty_prompts", type=share, default=0.2, help="Share of prompts to be emptied. Published: 0.2.")
-    add("--dataloader_num_workers", type=natural, help="Default: as many as cores with a GPU, or else 0.")
+    add("--proportion_empty_prompts", type=up_to_1, default=0.2, help="Share of prompts to empty. Published: 0.2.")
+    add("--dataloader_num_workers", type=int_from_0, help="Default: as many as cores with a GPU, or else 0.")
 
     add = parser.add_argument_group("method").add_argument
     ways = ["renoise", "ddim", "released", "forward"]  # the paper's text, its ablation, its code, Diffusion-DPO
     add("--noising", default="renoise", choices=ways, help="How x_t is reached; released: as the authors' code does.")
-    add("--num_inversion_steps", type=count, help="n, moves to the last t. Default: 9; released 5, SDXL 10.")
+    add("--num_inversion_steps", type=int_from_1, help="n, moves to the last t. Default: 9; released 5, SDXL 10.")
     add("--renoise_at", choices=["last_move", "every_move"], help=f"Which moves are corrected. Default: {RENOISE_AT}.")
-    add("--beta_dpo", type=positive, default=5000, help="beta, pull to the reference. Published: 2000, SDXL 5000.")
-    add("--gamma", type=positive, default=10, help="gamma, sensitivity to the label. Published: 10. Hard labels: 1.")
-
+    add("--beta_dpo", type=above_0, default=5000, help="beta, pull to the reference. Published: 2000, SDXL 5000.")
+    add("--gamma", type=above_0, default=10, help="gamma, sensitivity to the label. Published: 10. Hard labels: 1.")
     add = parser.add_argument_group("optimisation", "Published: 1024 pairs a step on 8 GPUs, 200 steps").add_argument
-    add("--seed", type=natural, default=0, help="Seed of data order, timesteps and noise.")
-    add("--train_batch_size", type=count, default=4, help="Pairs per process and micro-batch.")
-    add("--gradient_accumulation_steps", type=count, default=1, help="Micro-batches per optimiser step.")
-    add("--num_train_epochs", type=count, default=1, help="Ignored if --max_train_steps is given.")
-    add("--max_train_steps", type=count, help="Optimiser steps.")
-    add("--learning_rate", type=positive, help="Default: 1e-8 times the pairs of a step, as published.")
+    add("--seed", type=int_from_0, default=0, help="Seed of data order, timesteps and noise.")
+    add("--train_batch_size", type=int_from_1, default=4, help="Pairs per process and micro-batch.")
+    add("--gradient_accumulation_steps", type=int_from_1, default=1, help="Micro-batches per optimiser step.")
+    add("--num_train_epochs", type=int_from_1, default=1, help="Ignored if --max_train_steps is given.")
+    add("--max_train_steps", type=int_from_1, help="Optimiser steps.")
+    add("--learning_rate", type=above_0, help="Default: 1e-8 times the pairs of a step, as published.")
     schedules = [schedule.value for schedule in SchedulerType if schedule != SchedulerType.PIECEWISE_CONSTANT]
     add("--lr_scheduler", default="constant_with_warmup", choices=schedules, help="Over optimiser steps.")
-    add("--lr_warmup_steps", type=natural, default=0, help="Warm-up, in optimiser steps. Published: 100.")
+    add("--lr_warmup_steps", type=int_from_0, default=0, help="Warm-up, in optimiser steps. Published: 100.")
     add(
         "--optimizer",
         default="adafactor",
@@ -1581,15 +1522,15 @@ def parse_args(input_args=None):
         help="Published: AdamW, for SDXL Adafactor.",
     )
     add("--use_8bit_adam", **yes, help="AdamW with 8-bit state, from bitsandbytes.")
-    add("--adam_beta1", type=decay, default=0.9, help="AdamW only.")
-    add("--adam_beta2", type=decay, default=0.999, help="AdamW only.")
-    add("--adam_weight_decay", type=nonnegative, default=1e-2, help="Weight decay of either optimiser.")
-    add("--adam_epsilon", type=positive, default=1e-8, help="AdamW only.")
-    add("--max_grad_norm", type=positive, default=1.0, help="Gradients are clipped to this norm.")
+    add("--adam_beta1", type=below_1, default=0.9, help="AdamW only.")
+    add("--adam_beta2", type=below_1, default=0.999, help="AdamW only.")
+    add("--adam_weight_decay", type=from_0, default=1e-2, help="Weight decay of either optimiser.")
+    add("--adam_epsilon", type=above_0, default=1e-8, help="AdamW only.")
+    add("--max_grad_norm", type=above_0, default=1.0, help="Gradients are clipped to this norm.")
 
     add = parser.add_argument_group("memory and speed").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's. Trained weights are fp32.")
-    add("--inversion_batch_size", type=count, default=4, help="Pairs inverted together: more is faster.")
+    add("--inversion_batch_size", type=int_from_1, default=4, help="Pairs inverted together: more is faster.")
     add("--gradient_checkpointing", **yes, help="Less memory for a third more compute.")
     add("--offload", **yes, help="Keep VAE, text encoders and reference on the CPU while they are not in use.")
     add("--allow_tf32", **yes, help="TF32 matrix products on Ampere and later GPUs.")
@@ -1599,15 +1540,15 @@ def parse_args(input_args=None):
     add("--report_to", default="tensorboard", choices=trackers, help="Where metrics and pictures go.")
     add("--validation_split", help="Held-out pairs: a split with labels, or a share of the pairs such as 0.02.")
     add("--validation_prompts", nargs="+", help="Prompts to draw, or a .txt file with a prompt a line.")
-    add("--num_validation_images", type=count, default=2, help="Images per validation prompt.")
-    add("--validation_steps", type=count, default=50, help="Validate every so many optimiser steps.")
-    add("--validation_inference_steps", type=count, default=50, help="Denoising steps of validation images.")
+    add("--num_validation_images", type=int_from_1, default=2, help="Images per validation prompt.")
+    add("--validation_steps", type=int_from_1, default=50, help="Validate every so many optimiser steps.")
+    add("--validation_inference_steps", type=int_from_1, default=50, help="Denoising steps of validation images.")
 
     add = parser.add_argument_group("checkpoints and output").add_argument
-    add("--output_dir", required=True, type=path, help="Where checkpoints, logs and the final model go.")
-    add("--checkpointing_steps", type=count, default=50, help="Save every so many steps, and the last.")
-    add("--checkpoints_total_limit", type=count, help="Keep the newest so many checkpoints.")
-    add("--resume_from_checkpoint", type=path, help='Folder to go on from, or "latest", if any.')
+    add("--output_dir", required=True, type=nonempty, help="Where checkpoints, logs and the final model go.")
+    add("--checkpointing_steps", type=int_from_1, default=50, help="Save every so many steps, and the last.")
+    add("--checkpoints_total_limit", type=int_from_1, help="Keep the newest so many checkpoints.")
+    add("--resume_from_checkpoint", type=nonempty, help='Folder to go on from, or "latest", if any.')
     add("--push_to_hub", **yes, help="Upload model, card and pictures to a private repository.")
     add("--hub_public", **yes, help="Upload to a public one.")
     add("--hub_model_id", help="Repository to upload to. Default: the name of --output_dir.")
@@ -1642,6 +1583,8 @@ def resolve(args):
         problems.append(f"--key_columns takes 2 or 3 columns, got {' '.join(args.key_columns)}.")
     if args.streaming and is_share(args.validation_split):
         problems.append("--validation_split with a share does not go with --streaming: give a split.")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
     if args.report_to == "wandb" and not is_wandb_available():
         problems.append("--report_to wandb needs wandb: pip install wandb.")
     if args.mixed_precision == "bf16" and torch.backends.mps.is_available():
@@ -1650,7 +1593,7 @@ def resolve(args):
         if not Path(file).is_file():
             problems.append(f"--labels_path {file} is not a file: write it with relabel_pickapic.py.")
     if len(args.validation_prompts or []) == 1 and args.validation_prompts[0].endswith((".txt", ".text")):
-        (file,) = args.validation_prompts
+        file = args.validation_prompts[0]
         try:
             lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
             args.validation_prompts = [line.strip() for line in lines if line.strip()]
@@ -1659,22 +1602,18 @@ def resolve(args):
         if not args.validation_prompts:
             problems.append(f"--validation_prompts {file} has no prompts.")
 
-    checkpoints, asked = find_checkpoints(args.output_dir), args.resume_from_checkpoint
+    checkpoints, asked, folder = find_checkpoints(args.output_dir), args.resume_from_checkpoint, args.output_dir
     found = sorted(path.name for path in Path(args.output_dir).glob("*") if path.name != LOCK_FILE)
     if asked is None and found:
-        problems.append(
-            f"--output_dir {args.output_dir} is not empty, it holds {', '.join(found[:5])}: give"
-            " --resume_from_checkpoint latest to go on with the run in it, or another folder."
-        )
+        advice = "give --resume_from_checkpoint latest to go on with its run, or another folder"
+        problems.append(f"--output_dir {folder} is not empty, it holds {', '.join(found[:5])}: {advice}.")
     elif asked == "latest":
         args.resume_from_checkpoint = str(checkpoints[-1]) if checkpoints else None
     elif asked is not None and Path(asked) not in find_checkpoints(Path(asked).parent):
         problems.append(f"--resume_from_checkpoint {asked} is not an existing folder named checkpoint-STEP.")
     elif asked is not None and checkpoints and step_of(checkpoints[-1]) > step_of(asked):
-        problems.append(
-            f"--resume_from_checkpoint {asked} is older than {checkpoints[-1].name} in --output_dir {args.output_dir}:"
-            " give another --output_dir, or move the newer ones away."
-        )
+        newest, advice = checkpoints[-1].name, "give another one, or move the newer ones away"
+        problems.append(f"--resume_from_checkpoint {asked} is older than {newest} in --output_dir {folder}: {advice}.")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -1710,27 +1649,20 @@ def start_accelerator(args):
     if not accelerator.is_local_main_process:
         datasets.utils.logging.set_verbosity_error()
         datasets.utils.logging.disable_progress_bar()
-    check_engine(accelerator, args)
+    configure_engine(accelerator, args)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     torch.manual_seed(args.seed)  # the LoRA's first weights; all else is seeded pair by pair
     return accelerator
 
 
-def check_engine(accelerator, args):
-    """Configures FSDP2, the one engine that shards.
-
-    Raises:
-        UserError: the machine, or what accelerate was configured to, cannot do what the flags ask for.
-    """
+def configure_engine(accelerator, args):
+    """Configures FSDP2, the one engine that shards; a `UserError` says what machine or engine cannot do."""
     engine, accumulation = accelerator.distributed_type, accelerator.gradient_accumulation_steps
-    problem = None
+    given, problem = f"--gradient_accumulation_steps {args.gradient_accumulation_steps}", None
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         problem = "--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU."
     if accumulation != args.gradient_accumulation_steps:
-        problem = (
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}, but accelerate's configuration says"
-            f" {accumulation}: make them equal, or take it out of the configuration."
-        )
+        problem = f"{given}, but accelerate's configuration says {accumulation}: make them equal."
     if engine == DistributedType.DEEPSPEED:
         problem = "DeepSpeed is not supported: configure accelerate for FSDP, version 2, which shards as well."
     if engine == DistributedType.FSDP:
@@ -1753,41 +1685,18 @@ def check_engine(accelerator, args):
         raise UserError(problem)
 
 
-def set_up_unets(accelerator, models, weight_dtype, args):
-    """Makes the UNet of `models` the policy, and adds the reference, None for a LoRA."""
-    unet, ref_unet = models["unet"], None
-    if args.rank is None:
-        ref_unet = load_reference(args, accelerator.device, weight_dtype)
-    else:
-        add_lora(unet, args)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if weight_dtype != torch.float32 and not sharded and not args.use_8bit_adam:  # 8-bit AdamW undoes it
-        for network in filter(None, (unet, ref_unet, models["vae"])):
-            network.to(memory_format=torch.channels_last)  # in which convolutions in half precision are fastest
-    models["ref_unet"] = ref_unet
-
-
 def make_optimizer(parameters, learning_rate, args):
-    """The optimiser that --optimizer and --use_8bit_adam name.
-
-    Raises:
-        UserError: bitsandbytes is asked for and not installed.
-    """
+    """The optimiser that --optimizer and --use_8bit_adam name."""
+    options = {"lr": learning_rate, "weight_decay": args.adam_weight_decay}
     if args.optimizer == "adafactor":
-        options = {"clip_threshold": 1.0, "scale_parameter": False, "relative_step": False}
-        return transformers.Adafactor(parameters, learning_rate, weight_decay=args.adam_weight_decay, **options)
-    optimizer_class, options = torch.optim.AdamW, {"fused": True}  # one pass over the weights
+        options |= {"clip_threshold": 1.0, "scale_parameter": False, "relative_step": False}
+        return transformers.Adafactor(parameters, **options)
+    options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.use_8bit_adam:
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
-        optimizer_class, options = bitsandbytes.optim.AdamW8bit, {}
-    betas = (args.adam_beta1, args.adam_beta2)
-    options["weight_decay"] = args.adam_weight_decay
-    return optimizer_class(parameters, learning_rate, betas, args.adam_epsilon, **options)
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, **options, fused=True)  # one pass over the weights
 
 
 def optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, stop_signals, context):
@@ -1796,7 +1705,7 @@ def optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, sto
     args, unet = context.args, context.models["unet"]
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]  # FSDP has replaced them
     while True:
-        started, sums, problems, num_micro_batches = time.perf_counter(), 0, [], 0
+        sums, problems, num_micro_batches = 0, [], 0
         while num_micro_batches < args.gradient_accumulation_steps:
             batch = next(batches)
             problems += batch["problems"]
@@ -1806,16 +1715,15 @@ def optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, sto
                     accelerator.backward(loss)
                 sums = sums + torch.stack(list(metrics.values())) / args.gradient_accumulation_steps
                 num_micro_batches += 1
-        lr = optimizer.param_groups[0]["lr"]
         # Whatever the processes have to agree on, in one exchange a step.
         counts = torch.tensor([len(problems), bool(stop_signals)], device=sums.device)
         *means, num_problems, stopping = accelerator.reduce(torch.cat([sums, counts]), "mean").tolist()
-        logs = dict(zip(metrics, means))
+        logs = {**dict(zip(metrics, means)), "lr": optimizer.param_groups[0]["lr"]}
         if not all(map(math.isfinite, means)):  # an infinite error may have a finite gradient
             parameters[0].grad.fill_(math.nan)
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-        grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
-        taken = math.isfinite(grad_norm)
+        logs["grad_norm"] = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+        taken = math.isfinite(logs["grad_norm"])
         if taken or accelerator.scaler is not None:  # whose step does nothing then but lower fp16's scale
             optimizer.step()
         optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # DDP's gradients stay where they are
@@ -1827,9 +1735,6 @@ def optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, sto
         progress.tried += 1
         progress.skipped_pairs += round(num_problems * accelerator.num_processes)
         progress.positions = [batch.get("state")]
-
-        num_pairs = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        logs |= {"lr": lr, "grad_norm": grad_norm, "pairs_per_second": num_pairs / (time.perf_counter() - started)}
         yield logs, taken, bool(stopping)
 
 
@@ -1841,8 +1746,8 @@ def fit(accelerator, pairs, optimizer, lr_scheduler, progress, max_train_steps, 
         SystemExit: with `EXIT_STOPPED`, after a signal, with a checkpoint saved.
     """
     args, logs, skipped_in_a_row = context.args, {}, 0
-    tried_before, skipped_before = progress.tried, progress.skipped_pairs  # by a run whose data may have been mended
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    tried_before, skipped_before = progress.tried, progress.skipped_pairs  # by a run whose data may have been mended
     stop_signals, batches = listen_for_stop(), make_batches(accelerator, pairs, progress, args)
     # After an error Python would wait for the workers, which do not hear its SIGTERM.
     atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
@@ -1850,7 +1755,9 @@ def fit(accelerator, pairs, optimizer, lr_scheduler, progress, max_train_steps, 
     bar = tqdm(total=max_train_steps, initial=progress.step, desc="Steps", unit="step", disable=hidden)
     steps = optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, stop_signals, context)
     while progress.step < max_train_steps:
+        started = time.perf_counter()
         logs, taken, stopping = next(steps)
+        logs["pairs_per_second"] = pairs_per_step / (time.perf_counter() - started)
         skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
         bad_pairs = progress.skipped_pairs - skipped_before
         drawn = (progress.tried - tried_before) * pairs_per_step + bad_pairs
@@ -1871,15 +1778,12 @@ def fit(accelerator, pairs, optimizer, lr_scheduler, progress, max_train_steps, 
         if due or stopping or too_many_bad:
             save_checkpoint(accelerator, progress, record, args)
         if too_many_bad:
-            raise UserError(
-                f"{bad_pairs} of the {drawn} pairs drawn so far cannot be read, more than"
-                f" {MAX_BAD_SHARE:.0%}; see the warnings above. {last_checkpoint(args)} Mend the data and resume."
-            )
+            problem = f"{bad_pairs} of the {drawn} pairs drawn so far cannot be read, more than {MAX_BAD_SHARE:.0%}"
+            raise UserError(f"{problem}; see above. {last_checkpoint(args)} Mend the data and resume.")
         if skipped_in_a_row == MAX_NONFINITE_STEPS:
-            raise UserError(
-                f"Loss or gradient was not finite {MAX_NONFINITE_STEPS} times in a row after step {progress.step}."
-                f" {last_checkpoint(args)} Start again from it with a lower --learning_rate or in bf16."
-            )
+            problem = f"Loss or gradient was not finite {skipped_in_a_row} times in a row after step {progress.step}."
+            advice = "Start again from it with a lower --learning_rate or in bf16."
+            raise UserError(f"{problem} {last_checkpoint(args)} {advice}")
         if stopping and progress.step < max_train_steps:
             logger.warning(f"Stopped by a signal: --resume_from_checkpoint latest goes on from step {progress.step}.")
             accelerator.end_training()
@@ -1900,13 +1804,12 @@ def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args
     parameters = [parameter for parameter in models["unet"].parameters() if parameter.requires_grad]
 
     pairs_per_micro_step = args.train_batch_size * accelerator.num_processes
-    pairs_per_step = pairs_per_micro_step * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(pairs) // pairs_per_micro_step / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    learning_rate = args.learning_rate or LEARNING_RATE_PER_PAIR * pairs_per_step
+    usual_learning_rate = LEARNING_RATE_PER_PAIR * pairs_per_micro_step * args.gradient_accumulation_steps
+    learning_rate = args.learning_rate or usual_learning_rate
     optimizer = make_optimizer(parameters, learning_rate, args)
-    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, max_train_steps)
     logger.info(f"Trained parameters: {sum(p.numel() for p in parameters):,}; learning rate: {learning_rate:.4g}")
     models["unet"], optimizer, lr_scheduler = accelerator.prepare(models["unet"], optimizer, lr_scheduler)
     context = Context(models, alpha_bar.to(accelerator.device), prediction_type, accelerator.autocast, args)
@@ -1917,7 +1820,7 @@ def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args
         advice = "a whole checkpoint of this run: remove it if it is damaged, and go on from the one before"
         with explain_errors("resume_from_checkpoint", args.resume_from_checkpoint, advice):
             accelerator.load_state(args.resume_from_checkpoint)
-    logger.info(f"Pairs: {len(pairs)}; in a step: {pairs_per_step}; steps: {max_train_steps}, from {progress.step} on")
+    logger.info(f"{len(pairs)} pairs; {max_train_steps} steps, from {progress.step} on")
     if accelerator.is_main_process:
         flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         going_on = {"wandb": {"id": record["wandb_id"], "resume": "allow"}}
@@ -1927,7 +1830,7 @@ def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args
     logs = fit(accelerator, pairs, optimizer, lr_scheduler, progress, max_train_steps, validation, record, context)
     policy = plain_unet(accelerator, models["unet"])
     if accelerator.is_main_process:
-        save_final(policy, logs, validation.picture, args)
+        save_final(policy, logs, progress.step, args)
     accelerator.end_training()
 
 

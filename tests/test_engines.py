@@ -13,7 +13,7 @@ from fork_server import ForkServer
 
 import train_smpo_sd15
 from diffusers.utils import is_accelerate_version
-from train_smpo_sd15 import UserError, check_engine, parse_args
+from train_smpo_sd15 import UserError, configure_engine, parse_args
 
 
 FSDP = {
@@ -117,4 +117,4 @@ def test_what_an_engine_cannot_do_is_refused(kind, settings, flags, message, tmp
         state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=settings["fsdp_version"])),
     )  # fmt: skip
     with pytest.raises(UserError, match=message):
-        check_engine(accelerator, parse_args(train_flags(tmp_path, **flags)))
+        configure_engine(accelerator, parse_args(train_flags(tmp_path, **flags)))

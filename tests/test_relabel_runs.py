@@ -215,23 +215,22 @@ def run_several(server, num_processes, args):
 
 def test_a_run_goes_on_with_another_number_of_processes(server, shards, whole, tmp_path):
     path = tmp_path / "labels.parquet"
-    args = flags_of(path, dataset_name=shards, with_images=tmp_path / "copy")
+    args = flags_of(path, dataset_name=shards)
     process = server.start(args)
     wait_for(lambda: len(pieces_of(path)) > 4)
     assert stop(server, process) == -signal.SIGKILL
     before = pieces_of(path)
     run_several(server, 2, args)
     assert 4 < len(before) < 2 * NUM_FILES and path.read_bytes() == whole.read_bytes()
-    assert len(names_in(tmp_path / "copy")) == NUM_FILES and not path.with_suffix(".scores").exists()
+    assert not path.with_suffix(".scores").exists()
 
 
 def test_more_processes_than_pieces(server, shards, whole, tmp_path):
     tables = [pq.read_table(path) for path in sorted(shards.parent.iterdir())]
     datasets.Dataset(pa.concat_tables(tables)).save_to_disk(tmp_path / "saved")
-    args = flags_of(tmp_path / "labels.parquet", dataset_name=tmp_path / "saved", with_images=tmp_path / "copy")
+    args = flags_of(tmp_path / "labels.parquet", dataset_name=tmp_path / "saved")
     run_several(server, 2, args)
     assert_same_labels(tmp_path / "labels.parquet", whole, atol=1e-6)
-    assert len(names_in(tmp_path / "copy")) == 1
 
 
 # A data set on the Hub
@@ -268,8 +267,8 @@ def test_labels_are_uploaded(hub, tmp_path):
     repo, path = hub.root / "ada" / "labelled", tmp_path / "labels.parquet"
     shutil.copytree(TINY / "pickscore", tmp_path / "model")
     args = flags_of(
-        path, dataset_name=TINY / "pairs", dataset_split_name="test", push_to_hub=True, with_images=tmp_path / "copy",
-        hub_dataset_id="ada/labelled", reward_model=tmp_path / "model",
+        path, dataset_name=TINY / "pairs", dataset_split_name="test", push_to_hub=True, hub_dataset_id="ada/labelled",
+        reward_model=tmp_path / "model",
     )  # fmt: skip
     hub.read_only.set()
     assert hub.server.run(args) != 0
@@ -279,10 +278,9 @@ def test_labels_are_uploaded(hub, tmp_path):
     labels = path.read_bytes()
     hub.read_only.clear()
     shutil.rmtree(tmp_path / "model")
-    (tmp_path / "copy" / "notes.txt").write_text("not for others")
     assert hub.server.run(args) == 0, hub.server.output()
-    assert names_in(repo) - {".gitattributes"} == {"README.md", "labels.parquet", "labels.png", "data"}
-    assert names_in(repo / "data") == {"test-00000-of-00001.parquet"} and not path.with_suffix(".scores").exists()
+    assert names_in(repo) - {".gitattributes"} == {"README.md", "labels.parquet", "labels.png"}
+    assert not path.with_suffix(".scores").exists()
     assert (repo / "labels.parquet").read_bytes() == path.read_bytes() == labels and hub.private["ada/labelled"]
     data = datasets.load_dataset(str(repo), cache_dir=tmp_path / "cache")
     assert list(data) == ["test"]

@@ -239,7 +239,7 @@ def test_another_run_is_not_resumed(tmp_path, one_step):
 def test_every_flag_is_part_of_the_run_or_may_change(tmp_path):
     """A new flag has to be put into one of the two."""
     may_change = """
-        dataset_name dataset_config_name dataset_split_name labels_path key_columns max_train_samples
+        dataset_name dataset_split_name labels_path key_columns max_train_samples
         dataloader_num_workers num_train_epochs max_train_steps mixed_precision
         gradient_checkpointing offload allow_tf32 report_to validation_split validation_prompts num_validation_images
         validation_steps validation_inference_steps output_dir checkpointing_steps checkpoints_total_limit
@@ -357,7 +357,7 @@ def test_bad_pairs_give_way_and_are_counted(tmp_path, caplog):
     assert logs["skipped_pairs"][-1] == 4 and np.isfinite(logs["loss"]).all()
 
     args = parse_args(train_flags(tmp_path / "other", **flags))
-    data = train_smpo_sd15.load_data(str(flags["dataset_name"]), None, "train")
+    data = train_smpo_sd15.load_data("dataset_split_name", args)
     pairs = train_smpo_sd15.select_pairs(data, 1000, args)
     for row in range(8):
         example = pairs[0, row]

@@ -37,7 +37,7 @@ DIFFERENT_TRAINING = {
     "RELEASED_LEVELS": "published: 5 and 10",
     "VAE_BATCH_SIZE": "an image of 1024 pixels is four of 512, and in fp32",
     "parse_args": "the description and the defaults of DIFFERENT_TRAINING_FLAGS",
-    "vae_dtype": "SDXL's own VAE overflows in half precision",
+    "VAE_MAY_OVERFLOW": "SDXL's own does in half precision",
     "encode_prompts": "SDXL has two text encoders and takes a pooled embedding",
     "call_unet": "SDXL takes more conditions",
 }

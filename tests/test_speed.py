@@ -34,12 +34,9 @@ def make_run(script, folder, sdxl, dtype=torch.float32, **flags):
     model = sdxl if script is train_smpo_sdxl else TINY / "sd15"
     args = script.parse_args(train_flags(folder, pretrained_model_name_or_path=model, **flags))
     alpha_bar, prediction_type = script.load_noise_schedule(args)
-    models = {**script.load_models(args, torch.device("cpu"), dtype), "ref_unet": None}
-    if args.rank is None:
-        models["ref_unet"] = script.load_reference(args, torch.device("cpu"), dtype)
-    else:
-        torch.manual_seed(0)
-        script.add_lora(models["unet"], args)
+    models = script.load_models(args, state.device, dtype)
+    torch.manual_seed(0)
+    script.set_up_unets(state, models, dtype, args)
     for network in filter(None, (models["unet"], models["ref_unet"], models["vae"])):
         network.to(dtype)
     generator = torch.Generator().manual_seed(0)

@@ -27,7 +27,7 @@ from conftest import (
 from packaging import version
 
 import train_smpo_sd15
-from train_smpo_sd15 import decode_image, parse_args, select_pairs, stream_data, streamed_batches
+from train_smpo_sd15 import decode_image, load_data, parse_args, select_pairs, streamed_batches
 
 
 FAST = {"label_column": "label_0", "noising": "forward", "streaming": True, "checkpointing_steps": 100}
@@ -50,7 +50,7 @@ def steps(shards, tmp_path, monkeypatch):
     def draw(count, rank=0, num_processes=1, state=None, **flags):
         flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "proportion_empty_prompts": 0, **flags}
         args = parse_args(train_flags(tmp_path / "out", dataset_name=shards, **FAST, **flags))
-        pairs = select_pairs(stream_data(args), 1000, args)
+        pairs = select_pairs(load_data("dataset_split_name", args, streaming=True), 1000, args)
         accelerator = SimpleNamespace(process_index=rank, num_processes=num_processes)
         stream, drawn = streamed_batches(pairs, state, accelerator, args), []
         for _ in range(count):
@@ -184,10 +184,10 @@ def test_streaming_from_the_hub(shards, tmp_path):
     "flags, message",
     [
         ({"dataset_split_name": "validation"}, "--dataset_name .* --dataset_split_name validation cannot be loaded"),
-        ({"dataset_name": "saved"}, "--streaming of --dataset_name saved cannot be loaded: .*save_to_disk"),
+        ({"dataset_name": "saved"}, "--dataset_name saved .* cannot be loaded: .*save_to_disk"),
         ({"image_columns": ["left", "jpg_1"]}, "no column for --image_columns left"),
-        ({"dataset_name": "cut"}, "--streaming of --dataset_name cut cannot be loaded"),
-        ({"dataset_name": "pictures"}, "--streaming of --dataset_name pictures cannot be loaded.*Accepted: Parquet"),
+        ({"dataset_name": "cut"}, "--dataset_name cut .* cannot be loaded"),
+        ({"dataset_name": "pictures"}, "--dataset_name pictures .* cannot be loaded.*Accepted: Parquet"),
     ],
 )
 def test_bad_input_is_named(flags, message, tmp_path, monkeypatch):

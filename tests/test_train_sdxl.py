@@ -12,12 +12,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import TINY, names_in, process_restored, train, train_flags, train_sdxl, unet_weights
 from PIL import Image
 from random_models import make_unet
 from safetensors.torch import load_file
 from test_speed import FLOAT64_RTOL, in_float64, make_run, pop_gradient
 
+import diffusers
 import train_smpo_sd15
 import train_smpo_sdxl
 from diffusers import (
@@ -157,8 +159,9 @@ def test_lora(lora_run, sdxl, base_picture, tmp_path):
 
     with torch.device("meta"):
         real = make_unet("sdxl")
-    train_smpo_sdxl.add_lora(real, train_smpo_sdxl.parse_args(train_flags(tmp_path / "other", rank=4)))
-    layers = train_smpo_sdxl.convert_state_dict_to_diffusers(train_smpo_sdxl.get_peft_model_state_dict(real))
+    args = train_smpo_sdxl.parse_args(train_flags(tmp_path / "other", rank=4))
+    train_smpo_sdxl.set_up_unets(PartialState(), {"unet": real}, torch.float32, args)
+    layers = diffusers.utils.convert_state_dict_to_diffusers(train_smpo_sdxl.get_peft_model_state_dict(real))
     assert len(layers) == 2 * 4 * 2 * 70 and {f"unet.{name}" for name in layers} == weights.keys()
     for name, value in layers.items():
         layer = real.get_submodule(name.rsplit(".lora", 1)[0])
