@@ -30,13 +30,13 @@
     accelerate launch relabel_pickapic.py --dataset_name PICKAPIC_V2 --split train --output_path labels.parquet
 
 The reward r is the cosine of the image's and the caption's embedding (PickScore, https://arxiv.org/abs/2305.01569, or
-any CLIP-style model), without the model's logit scale. Over all scored images it is brought to [0, 1], and the soft
-preference of a pair, alpha / gamma in SmPO-Diffusion (https://arxiv.org/abs/2506.02698), is the softmax over the two:
+any CLIP-style model), without the model's logit scale, or another reward of `REWARDS`. It is brought to [0, 1], and
+the soft preference of a pair, alpha / gamma in SmPO-Diffusion (https://arxiv.org/abs/2506.02698), is the softmax:
 
     r' = (r - min) / (max - min)        soft_label_0 = exp(r'_0) / (exp(r'_0) + exp(r'_1)) = sigmoid(r'_0 - r'_1)
 
-With several reward models r' is the weighted mean of theirs. The published labels of Pick-a-Pic v2 used the range
-0.11543526500463486 to 0.28201571106910706: given as --score_min and --score_max, labels do not depend on the subset.
+With several reward models r' is the weighted mean of theirs. PickScore has the range of the published labels of
+Pick-a-Pic v2, so labels do not depend on the subset; others have the range of all scored images, or what is given.
 
 The file has a row for each row of the data set, in its order, and no images: the keys of the pair (`image_0_uid`,
 `image_1_uid`, `ranking_id`), the human `label_0`, the raw `score_0` and `score_1` (of several models `score_0_NAME`,
@@ -563,7 +563,7 @@ REWARDS = {
     "clip": Reward(*CLIP_L, *CLIP_L),
 }
 REWARDS_ACCEPTED = (
-    f"{', '.join(REWARDS)}, or NAME=PATH of one's weights or of a CLIP-style model, on the Hub or a folder"
+    f"{', '.join(REWARDS)}, or NAME=PATH of its weights or of a CLIP-style model, a Hub name or a folder"
 )
 
 
@@ -574,6 +574,7 @@ class Scorer(NamedTuple):
     model: torch.nn.Module
     tokenizer: Any
     image_processor: Any  # makes `pixel_values` of an image, in any process
+    source: dict  # what `find_reward` gave
 
     @property
     def preprocessing(self):
@@ -625,7 +626,7 @@ def load_rewards(sources, device, dtype):
         model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
         if hasattr(model, "head"):
             model.head.float()
-        scorers[source["name"]] = Scorer(reward, model, tokenizer, image_processor)
+        scorers[source["name"]] = Scorer(reward, model, tokenizer, image_processor, source)
     return scorers
 
 
