@@ -247,7 +247,8 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
     except UserError:
         raise
     except Exception as error:  # of a dozen types on damaged files
-        raise UserError(f"--{flag} {value} cannot be loaded: {error}\nAccepted: {accepted}.") from error
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else error
+        raise UserError(f"--{flag} {value} cannot be loaded: {reason}\nAccepted: {accepted}.") from error
 
 
 def pick_columns(names, args):

@@ -62,6 +62,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -180,7 +181,8 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
     except UserError:
         raise
     except Exception as error:  # of a dozen types on damaged files
-        raise UserError(f"--{flag} {value} cannot be loaded: {error}\nAccepted: {accepted}.") from error
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else error
+        raise UserError(f"--{flag} {value} cannot be loaded: {reason}\nAccepted: {accepted}.") from error
 
 
 def image_folders(dataset_name):
@@ -999,7 +1001,8 @@ def report(labels, metadata, picture_path):
 
 def upload(path, picture_path, metadata, args):
     """Uploads labels, picture and a card; raises `UserError` if that fails."""
-    data_files = [{"split": metadata["dataset_split_name"], "path": path.name}]
+    split = metadata["dataset_split_name"]
+    data_files = [{"split": split, "path": path.name}]
     card = f"""---
 tags: [smpo, preference, text-to-image]
 configs: {json.dumps([{"config_name": "default", "data_files": data_files}])}
@@ -1007,7 +1010,7 @@ configs: {json.dumps([{"config_name": "default", "data_files": data_files}])}
 
 # Soft preference labels
 
-`{path.name}`: P(image 0 is preferred) of each pair of `{metadata["dataset_name"]}`, split `{metadata["dataset_split_name"]}`,
+`{path.name}`: P(image 0 is preferred) of each pair of `{metadata["dataset_name"]}`, split `{split}`,
 for SmPO-Diffusion (https://arxiv.org/abs/2506.02698).
 
 ![distribution]({picture_path.name})
@@ -1153,7 +1156,11 @@ def main(args):
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     args.dtype = args.dtype or ("float32" if state.device.type == "cpu" else "float16")
     path, _, picture_path = output_paths(args)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"--output_path {path} cannot be written ({error}): name another file.") from error
     if args.scores_from:
         labels, metadata = read_raw_labels(args)
     else:

@@ -536,7 +536,8 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
     except UserError:
         raise
     except Exception as error:  # of a dozen types on damaged files
-        raise UserError(f"--{flag} {value} cannot be loaded: {error}\nAccepted: {accepted}.") from error
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else error
+        raise UserError(f"--{flag} {value} cannot be loaded: {reason}\nAccepted: {accepted}.") from error
 
 
 def load_network(part, network_class, args, dtype=None):
@@ -608,6 +609,8 @@ def load_models(args, device, weight_dtype):
     with explain_errors("pretrained_model_name_or_path", name):
         for part in TOKENIZERS:
             models[part] = CLIPTokenizer.from_pretrained(name, subfolder=part, revision=args.revision)
+            if len(models[part]) <= 2:  # start and end of a text: transformers makes it up where the files are missing
+                raise ValueError(f"its {part} has no vocabulary")
         for part, encoder_class in TEXT_ENCODERS.items():
             models[part] = encoder_class.from_pretrained(
                 name, subfolder=part, revision=args.revision, variant=args.variant, use_safetensors=True
@@ -739,7 +742,8 @@ def join_labels(keys, split, args):
     `keys` is a DataFrame `[P, 2 or 3]`, the values of --key_columns in the data set. A `UserError` says that a column
     is missing, that a pair has no row in the files, or that two rows of one pair contradict each other."""
     flag, label = f"--labels_path {' '.join(args.labels_path)}", args.label_column
-    present = set.intersection(*(set(pq.read_schema(path).names) for path in args.labels_path))
+    with explain_errors("labels_path", " ".join(args.labels_path), "whole files of relabel_pickapic.py"):
+        present = set.intersection(*(set(pq.read_schema(path).names) for path in args.labels_path))
     columns = [key for key in LABEL_KEYS[: keys.shape[1]] if key in present]
     if label not in present or columns[:2] != LABEL_KEYS[:2]:
         needed = f"{', '.join(LABEL_KEYS[:2])} and {label}"
@@ -826,8 +830,9 @@ def select_pairs(data, num_train_timesteps, args):
         raise UserError(f"The data set has no column for {', '.join(missing)}. It has {has}: name the right ones.")
     for column in args.image_columns:
         kind = data.features[column]
-        if not isinstance(kind, (datasets.Image, dict)) and kind.dtype not in ("binary", "large_binary"):
-            raise UserError(f"--image_columns {column} has to hold encoded images, it holds {kind.dtype}.")
+        binary = getattr(kind, "dtype", None) in ("binary", "large_binary")
+        if not binary and not isinstance(kind, (datasets.Image, dict)):
+            raise UserError(f"--image_columns {column} has to hold encoded images, it holds {kind}.")
     key_columns = [name for name in args.key_columns if name in data.column_names]
     label_columns = [name for name in (args.label_column, args.human_label_column) if name in data.column_names]
     label_columns = [name for name in label_columns if name != args.label_column or not args.labels_path]
@@ -1243,13 +1248,17 @@ def claim_output(accelerator, record, args):
         yield
         return
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK_FILE).acquire(timeout=0)
     except Timeout as error:
         file = folder / RECORD_FILE
         holder = json.loads(file.read_text())["process"] if file.is_file() else "another run"
         raise UserError(f"--output_dir {folder} is in use by {holder}: wait for it or stop it.") from error
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder} is no folder that can be written to ({error}): name another."
+        ) from error
     with lock:
         for leftover in folder.glob("partial-checkpoint-*"):
             shutil.rmtree(leftover)
@@ -1422,10 +1431,14 @@ def save_final(unet, metrics, step, args):
         pipeline.save_pretrained(args.output_dir)
     save_model_card(args, metrics, step)
     if args.push_to_hub:
-        name = args.hub_model_id or Path(args.output_dir).resolve().name
-        repo_id = create_repo(repo_id=name, exist_ok=True, private=not args.hub_public).repo_id
         ours = ["checkpoint-*", "partial-checkpoint-*", "logs/*", RECORD_FILE, LOCK_FILE]
-        upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ours)
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        try:
+            repo_id = create_repo(repo_id=name, exist_ok=True, private=not args.hub_public).repo_id
+            upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ours)
+        except Exception as error:  # over the years huggingface_hub has had the errors of two HTTP libraries
+            advice = "Start the same command again with --resume_from_checkpoint latest to upload it."
+            raise UserError(f"{args.output_dir} is complete, and cannot be uploaded: {error}\n{advice}") from error
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -1446,7 +1459,7 @@ def checked(kind, fits, accepted):
 
 
 int_from_1 = checked(int, lambda value: value > 0, "a whole number above 0")
-int_from_0 = checked(int, lambda value: value >= 0, "a whole number, 0 or more")
+int_from_0 = checked(int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more, of 63 bits")
 above_0 = checked(float, lambda value: value > 0, "a number above 0")
 from_0 = checked(float, lambda value: value >= 0, "a number, 0 or more")
 below_1 = checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
@@ -1579,6 +1592,12 @@ def resolve(args):
         for flag, needed, holds in NEEDS
         if getattr(args, flag) and not holds(args)
     ]
+    if args.image_columns[0] == args.image_columns[1]:
+        problems.append(f"--image_columns takes two different columns, got {' '.join(args.image_columns)}.")
+    if args.dataset_name.endswith(".parquet") and args.validation_split and not is_share(args.validation_split):
+        problems.append(
+            f"--validation_split {args.validation_split}: Parquet files by name are one split: give a share."
+        )
     if len(args.key_columns) not in (2, 3):
         problems.append(f"--key_columns takes 2 or 3 columns, got {' '.join(args.key_columns)}.")
     if args.streaming and is_share(args.validation_split):
@@ -1786,7 +1805,8 @@ def fit(accelerator, pairs, optimizer, lr_scheduler, progress, max_train_steps, 
             raise UserError(f"{problem} {last_checkpoint(args)} {advice}")
         if stopping and progress.step < max_train_steps:
             logger.warning(f"Stopped by a signal: --resume_from_checkpoint latest goes on from step {progress.step}.")
-            accelerator.end_training()
+            steps.close()
+            end_run(accelerator, context.models)
             sys.exit(EXIT_STOPPED)
         if taken and progress.step % args.validation_steps == 0:
             logs.update(validation.run(progress.step))
@@ -1794,6 +1814,14 @@ def fit(accelerator, pairs, optimizer, lr_scheduler, progress, max_train_steps, 
     if validation.step != progress.step:
         logs.update(validation.run(progress.step))
     return logs
+
+
+def end_run(accelerator, models):
+    """Frees the policy, then the process group: DDP frees it last otherwise, and with gloo waits, holding Python's
+    lock, for a thread that may wait for this lock."""
+    models.clear()
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args):
@@ -1831,7 +1859,7 @@ def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args
     policy = plain_unet(accelerator, models["unet"])
     if accelerator.is_main_process:
         save_final(policy, logs, progress.step, args)
-    accelerator.end_training()
+    end_run(accelerator, models)
 
 
 def main(args):

@@ -417,3 +417,14 @@ def test_no_secret_and_no_open_door_in_the_output(rank, public, tmp_path, monkey
         assert shown == {"README.md", LORA_FILE, KOHYA_LORA_FILE}
     else:
         assert {"README.md", "model_index.json", UNET_FILE} < shown and not [name for name in shown if "check" in name]
+
+
+def test_an_upload_that_failed_is_done_by_the_same_command_again(tmp_path, monkeypatch):
+    flags, uploaded = {**FAST, "max_train_steps": 1, "push_to_hub": True}, []
+    with pytest.raises(UserError, match="(?s)out is complete, and cannot be uploaded: .*--resume_from_checkpoint la"):
+        train(tmp_path / "out", **flags)  # there is no network
+    trained = (tmp_path / "out" / LORA_FILE).read_bytes()
+    monkeypatch.setattr(train_smpo_sd15, "create_repo", lambda **options: SimpleNamespace(repo_id="me/out"))
+    monkeypatch.setattr(train_smpo_sd15, "upload_folder", lambda **options: uploaded.append(options))
+    train(tmp_path / "out", resume_from_checkpoint="latest", **flags)
+    assert len(uploaded) == 1 and (tmp_path / "out" / LORA_FILE).read_bytes() == trained

@@ -373,8 +373,10 @@ def test_damaged_pairs_and_ties_are_left_out(tmp_path, caplog):
         (
             {"jpg_0": ["http://x/1.jpg"] * 8},
             {"label_column": "label_0"},
-            "jpg_0 has to hold encoded images, it holds string",
+            "jpg_0 has to hold encoded images, it holds .*string",
         ),
+        ({"jpg_0": [[1, 2]] * 8}, {"label_column": "label_0"}, "jpg_0 has to hold encoded images, it holds .*List"),
+        ({}, {"labels_path": __file__}, "--labels_path .*test_train.py cannot be loaded: .*whole files of relabel"),
         ({"mine": [0.1] * 6 + [1.5, 0.2]}, {"label_column": "mine"}, "row 6 is 1.5"),
         (
             {},
@@ -412,6 +414,14 @@ def test_bad_data_is_named(columns, flags, message, tmp_path):
         train(tmp_path / "out", **{"dataset_name": path, **flags})
 
 
+def test_what_cannot_be_written_to_or_has_no_words_is_named(tmp_path):
+    with pytest.raises(ValueError, match="--output_dir .*test_train.py is no folder that can be written to"):
+        train(__file__, label_column="label_0", gamma=1)
+    shutil.copytree(TINY / "sd15", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer"))
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path .*mute cannot be loaded: its tokenizer has"):
+        train(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "mute", label_column="label_0", gamma=1)
+
+
 @pytest.mark.parametrize(
     "flags, messages",
     [
@@ -431,6 +441,11 @@ def test_bad_data_is_named(columns, flags, message, tmp_path):
         ),
         ({"hub_model_id": "a/b", "hub_public": True}, ["--hub_model_id does nothing", "--hub_public does nothing"]),
         ({"key_columns": ["a"]}, ["--key_columns takes 2 or 3 columns, got a"]),
+        ({"image_columns": ["a", "a"]}, ["--image_columns takes two different columns, got a a"]),
+        (
+            {"dataset_name": "a.parquet", "validation_split": "test"},
+            ["--validation_split test: Parquet files by name"],
+        ),
         (
             {"labels_path": "/no/labels.parquet", "resume_from_checkpoint": "/no/checkpoint-3"},
             ["--labels_path /no/labels.parquet is not a file", "is not an existing folder named checkpoint-STEP"],
@@ -456,6 +471,7 @@ def test_bad_flags_are_all_named_at_once(flags, messages, tmp_path):
         ("learning_rate", "nan", "a number above 0"),
         ("proportion_empty_prompts", 2, r"in \[0, 1\]"),
         ("seed", -1, "a whole number, 0 or more"),
+        ("seed", 2**63, "a whole number, 0 or more"),
         ("adam_beta1", 1.0, r"in \[0, 1\)"),
         ("rank", 2.5, "a whole number above 0"),
     ],
