@@ -24,7 +24,6 @@
 #     "peft>=0.17.0",
 #     "pyarrow>=17.0",
 #     "pillow>=10.1",
-#     "matplotlib",
 # ]
 # ///
 """Says whether a tuned model wins: medians and win rates of base against tuned, under one or several reward models.
@@ -33,18 +32,16 @@
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --models smpo=smpo-sd15 --prompts_path prompts.txt --output_dir evaluation
 
-Every model draws every prompt with the same seeds, and every image gets its rewards: 100 times the cosine of PickScore
-or of other CLIP-style models, and what else is asked for. A model's win rate over another is the share of images with
-the higher reward than the other's at the same prompt and seed, a tie counting a half. All intervals are of 95 % and
-over prompts, as the images of one are not independent. With several files of prompts, or a --group_column, all of it
-is also said of each group. With --run_dir every checkpoint of a training run is a model, and the best is named.
+Every model draws every prompt with the same seeds. A model's win rate over another is the share of images with the
+higher reward at the same prompt and seed, a tie counting a half; rewards are 100 times the cosine of PickScore or of
+other CLIP-style models. Intervals are of 95 % and over prompts, as the images of one are not independent. All of it
+is said of each group of prompts, too. With --run_dir every checkpoint of a run is a model, and the best is named.
 
-    images/NAME/PROMPT_IMAGE.png   the images
-    scores/NAME.json               their rewards, so that nothing is scored twice
-    scores.csv                     one line an image
+    images/NAME/PROMPT_IMAGE.png   the images; comparison-NAME.png has base beside tuned, from the largest gain to loss
+    gallery.html                   all of them with their scores, to be sorted and filtered in a browser
+    scores.csv                     their rewards, a line an image; scores/ keeps them, so that none is scored twice
     results.csv, .json, .md        medians, means, win rates of every model over every other, and the best checkpoint
-    comparison-NAME.png            base beside tuned, for prompts from the largest gain to the largest loss
-    gaps.png, checkpoints.png      how tuned less base is distributed; win rate over training steps, with --run_dir
+    --pairs_path                   the images as preference pairs, labelled by the first reward, to train on
 
 The same command, started again, draws and scores only what is not there yet. With `accelerate launch` several
 processes share the work; machines have to share the folder.
@@ -68,18 +65,18 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from datasets import DatasetDict, load_dataset_builder, load_from_disk
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
@@ -92,25 +89,27 @@ check_min_version("0.35.0")
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore was tuned from this CLIP
 AESTHETIC_CLIP = "openai/clip-vit-large-patch14"  # whose embeddings LAION's aesthetic head takes
-# The numbers of the linear layers in the linearMSE predictors, dropout between; others have ReLUs and other numbers.
-AESTHETIC_LAYERS = [0, 2, 4, 6, 7]
+# Of github.com/christophschuhmann/improved-aesthetic-predictor, dropout between; predictors with ReLUs have others.
+AESTHETIC_LAYERS = [f"layers.{number}" for number in (0, 2, 4, 6, 7)]
 # Pillow resizes, on every machine: torchvision, where it is installed, gives other pixels. transformers 4: `use_fast`.
 PIL_BACKEND = (
     {"backend": "pil"} if importlib.util.find_spec("transformers.image_processing_backends") else {"use_fast": False}
 )
 DATASET_ACCEPTED = "a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder"
+PROMPT_FILES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 PROMPTS_ACCEPTED = "UTF-8: txt with a prompt a line, a json list of prompts, or json, csv, tsv or Parquet with columns"
 MODELS_ACCEPTED = "a pipeline, UNet, training checkpoint or LoRA, each a folder or a Hub name, or a LoRA file"
-PROMPT_FILES = (".txt", ".json", ".csv", ".tsv", ".parquet")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 ENDS = [0.025, 0.975]  # of a 95 % interval, as quantiles
-NUM_RESAMPLES = 10_000  # of the bootstrap
+NUM_RESAMPLES = 4_000  # of the bootstrap
 NUM_HALVES = 1_000  # ways to split the prompts into two halves
 FEW_PROMPTS = 20  # below them no interval means much
 NUM_COMPARED_PROMPTS = 12
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell, for a spreadsheet
 MERGE_TIMEOUT = timedelta(days=7)  # how long a process waits at the end for a slower one
+PICKSCORE_RANGE = [0.11543526500463486, 0.28201571106910706]  # of the cosine, of the published labels
+PAIRS_PER_GROUP = 64  # in a row group of Parquet
 ALL = "all"  # the group of all prompts
 
 
@@ -127,47 +126,35 @@ def wins(scores, base_scores):
 
 
 def resample_prompts(num_prompts, seed):
-    """How often each of P prompts comes up in each of `NUM_RESAMPLES` draws of P prompts, `[NUM_RESAMPLES, P]`.
-
-    >>> counts = resample_prompts(5, seed=0)
-    >>> counts.shape, bool((counts.sum(axis=1) == 5).all())
-    ((10000, 5), True)
-    """
-    counts = np.random.default_rng(seed).multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), NUM_RESAMPLES)
-    return counts.astype(np.float32)  # whole numbers, for a fast matrix product
+    """How often each of P prompts comes up in each of `NUM_RESAMPLES` draws of P prompts, `[NUM_RESAMPLES, P]`."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), NUM_RESAMPLES).astype(float)
 
 
-def win_intervals(rates, counts):
-    """Ends `[2, D]` of the intervals of D mean win rates, from those at P prompts `[P, D]` and `resample_prompts`.
+def win_interval(rates, counts):
+    """Ends of the interval of a mean win rate, from the rates at P prompts `[P]` and `resample_prompts`.
 
     Wilson's (1927) where every prompt is wholly won or wholly lost; else the percentile bootstrap's, which would give
     100 % to 100 % where all are won.
 
-    >>> won = np.repeat([[1.0, 0.5], [0.0, 1.0]], 50, axis=0)
-    >>> win_intervals(won, resample_prompts(100, seed=0)).round(3).tolist()
-    [[0.404, 0.7], [0.596, 0.8]]
+    >>> win_interval(np.repeat([1.0, 0.0], 50), resample_prompts(100, seed=0)).round(3).tolist()
+    [0.404, 0.596]
     """
-    count, means, z = len(rates), rates.mean(axis=0), NormalDist().inv_cdf(0.975)
-    resampled = np.quantile(counts @ rates.astype(np.float32) / count, ENDS, axis=0)
-    half = z * np.sqrt(means * (1 - means) / count + z**2 / (4 * count**2))
-    wilson = (means + z**2 / (2 * count) + np.stack([-half, half])) / (1 + z**2 / count)
-    return np.where(np.isin(rates, [0, 1]).all(axis=0), wilson.clip(0, 1), resampled)
+    count, mean, z = len(rates), rates.mean(), NormalDist().inv_cdf(ENDS[1])
+    if not np.isin(rates, [0, 1]).all():
+        return np.quantile(counts @ rates / count, ENDS)
+    half = z * np.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2))
+    return np.clip((mean + z**2 / (2 * count) + np.array([-half, half])) / (1 + z**2 / count), 0, 1)
 
 
 def resampled_medians(values, counts):
     """Median over all images of `values` `[P, images]` in each resample of the prompts, `[NUM_RESAMPLES]`.
 
-    >>> counts = np.array([[1, 1, 1], [0, 0, 3], [2, 1, 0]])
-    >>> resampled_medians(np.array([[1.0], [2.0], [4.0]]), counts).tolist()
-    [2.0, 4.0, 1.0]
+    >>> resampled_medians(np.array([[1.0], [2.0], [4.0]]), np.array([[1, 1, 1], [0, 0, 3]])).tolist()
+    [2.0, 4.0]
     """
-    order, medians = np.argsort(values, axis=None), []
-    ordered, prompts = values.ravel()[order], order // values.shape[1]
-    for some in np.array_split(counts, 10):  # for memory's sake
-        seen = some[:, prompts].cumsum(axis=1)
-        middle = [(seen <= place).sum(axis=1) for place in ((values.size - 1) // 2, values.size // 2)]
-        medians.append(ordered[middle].mean(axis=0))
-    return np.concatenate(medians)
+    drawn = np.tile(np.arange(len(values)), len(counts)).repeat(counts.astype(int).ravel()).reshape(counts.shape)
+    return np.median(values[drawn].reshape(len(counts), -1), axis=1)
 
 
 def win_rate_on_other_half(rates, seed):
@@ -184,6 +171,10 @@ def win_rate_on_other_half(rates, seed):
     return float(on_other_half[np.arange(NUM_HALVES), (half @ rates).argmax(axis=1)].mean())
 
 
+def with_interval(name, value, ends):
+    return {name: float(value), f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
+
+
 def summarise(scores, groups, seed):
     """Medians and means of every model, and its win rates over every other one.
 
@@ -194,41 +185,33 @@ def summarise(scores, groups, seed):
 
     Returns:
         Dicts with `reward`, `group`, `model`, `num_prompts`, `mean`, `median` and `median_less_base`, and dicts with
-        `reward`, `group`, `model`, `opponent`, `win_rate` and `tie_rate`. Medians, their differences and win rates
-        have intervals, from `..._low` to `..._high`. Groups are `ALL` and, if there are several, each.
-
-    >>> base, tuned = np.array([[20.0], [21.0], [22.0]]), np.array([[21.0], [23.0], [22.0]])
-    >>> results, duels = summarise({"pick": {"base": base, "tuned": tuned}}, [None] * 3, seed=0)
-    >>> results[1]["model"], results[1]["median"], results[1]["median_less_base"]
-    ('tuned', 22.0, 1.0)
-    >>> print("{model} {win_rate:.3f} {tie_rate:.3f}".format(**duels[1]))
-    tuned 0.833 0.333
+        `reward`, `group`, `model`, `opponent`, `win_rate` and `tie_rate`; the groups are `ALL` and, of several, each.
+        Medians, their differences and win rates have intervals, from `..._low` to `..._high`.
     """
-
-    def with_interval(name, value, ends):
-        return {name: float(value), f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
-
-    chosen = {ALL: np.ones(len(groups), dtype=bool)}
+    groups, results, duels = np.array(groups, dtype=object), [], []
     names = [group for group in dict.fromkeys(groups) if group not in (None, ALL)]
-    if len(names) > 1:  # a single group is all
-        chosen |= {name: np.array([group == name for group in groups]) for name in names}
-    results, duels = [], []
+    chosen = {ALL: slice(None)} | {name: groups == name for name in names if len(names) > 1}  # a single group is all
     for (reward, of_model), (group, prompts) in itertools.product(scores.items(), chosen.items()):
-        key, models = {"reward": reward, "group": group}, list(of_model)
-        values = np.stack([of_model[model][prompts] for model in models])  # [M, P, images]
-        counts = resample_prompts(values.shape[1], seed)
-        medians, resampled = np.median(values, axis=(1, 2)), [resampled_medians(each, counts) for each in values]
-        for i, model in enumerate(models):
-            row = {**key, "model": model, "num_prompts": values.shape[1], "mean": float(values[i].mean())}
-            row |= with_interval("median", medians[i], np.quantile(resampled[i], ENDS))
-            ends = np.quantile(resampled[i] - resampled[0], ENDS)
-            results.append(row | with_interval("median_less_base", medians[i] - medians[0], ends))
-        first, second = np.nonzero(~np.eye(len(models), dtype=bool))  # every ordered pair, [D]
-        rates = wins(values[first], values[second]).mean(axis=2).T  # [P, D]
-        ties = (values[first] == values[second]).mean(axis=(1, 2))
-        for i, j, rate, ends, tie in zip(first, second, rates.mean(axis=0), win_intervals(rates, counts).T, ties):
-            duel = {**key, "model": models[i], "opponent": models[j], "tie_rate": float(tie)}
-            duels.append(duel | with_interval("win_rate", rate, ends))
+        values = {model: of_image[prompts] for model, of_image in of_model.items()}  # [P, images] of each
+        base, num_prompts = next(iter(values)), len(groups[prompts])
+        counts = resample_prompts(num_prompts, seed)
+        resampled = {model: resampled_medians(of_image, counts) for model, of_image in values.items()}
+        for model, of_image in values.items():
+            row = {
+                "reward": reward,
+                "group": group,
+                "model": model,
+                "num_prompts": num_prompts,
+                "mean": of_image.mean(),
+            }
+            row |= with_interval("median", np.median(of_image), np.quantile(resampled[model], ENDS))
+            less, ends = np.median(of_image) - np.median(values[base]), resampled[model] - resampled[base]
+            results.append(row | with_interval("median_less_base", less, np.quantile(ends, ENDS)))
+        for model, opponent in itertools.permutations(values, 2):
+            won = wins(values[model], values[opponent])
+            row = {"reward": reward, "group": group, "model": model, "opponent": opponent}
+            ends = win_interval(won.mean(axis=1), counts)
+            duels.append(row | with_interval("win_rate", won.mean(), ends) | {"tie_rate": (won == 0.5).mean()})
     return results, duels
 
 
@@ -252,43 +235,38 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
 
 
 def pick_columns(names, args):
-    """The columns of prompts and, with --group_column, of groups, among those that there are."""
-    other = next((name for name in ("prompt", "Prompt") if name in names), args.caption_column)  # as in Parti-Prompts
-    columns = [args.caption_column if args.caption_column in names else other]
-    columns += [args.group_column] if args.group_column is not None else []
-    for flag, column in zip(("caption_column", "group_column"), columns):
-        if column not in names:
+    """The columns of prompts (Parti-Prompts': "Prompt") and, with --group_column, of groups, among those there are."""
+    prompt = next((name for name in (args.caption_column, "prompt", "Prompt") if name in names), args.caption_column)
+    columns = {"caption_column": prompt, "group_column": args.group_column}
+    for flag, column in columns.items():
+        if column is not None and column not in names:
             raise UserError(f"It has no column for --{flag} {column}, but {', '.join(names)}.")
-    return columns
+    return [column for column in columns.values() if column is not None]
 
 
 def read_prompts(path, args):
-    """Yields the prompts in a file of --prompts_path, or tuples of prompt and group."""
-    suffix = Path(path).suffix
+    """Tuples of the prompt and, with --group_column, the group of each row of a file of --prompts_path."""
+    suffix, utf8 = Path(path).suffix, {"encoding": "utf-8-sig"}  # with or without a byte-order mark
     with explain_errors("prompts_path", path, PROMPTS_ACCEPTED):
-        if suffix == ".parquet":
-            table = pq.read_table(path, columns=pick_columns(pq.read_schema(path).names, args)).to_pandas()
+        if suffix == ".txt":
+            table = pd.DataFrame({args.caption_column: Path(path).read_text(**utf8).splitlines()})
+        elif suffix == ".parquet":
+            table = pd.read_parquet(path)
         elif suffix in (".csv", ".tsv"):
             separator = "\t" if suffix == ".tsv" else ","
-            table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, **utf8)
         else:
-            text = Path(path).read_text(encoding="utf-8-sig")
-            rows = json.loads(text) if suffix == ".json" else text.splitlines()
-            if not isinstance(rows, list) or {type(row) for row in rows} not in ({str}, {dict}, set()):
-                raise ValueError("it holds no list of prompts or of rows")
-            plain = not rows or isinstance(rows[0], str)
-            table = pd.DataFrame({args.caption_column: rows} if plain else rows)
+            table = pd.read_json(path, lines=suffix == ".jsonl", dtype=False, **utf8)
+            table = table.rename(columns={0: args.caption_column})  # of a plain list
         return table[pick_columns(table.columns, args)].astype(object).itertuples(index=False)
 
 
 def read_data_set(args):
-    """Yields tuples of prompt and, with --group_column, group of --dataset_name; no other split or column is read."""
+    """Yields such tuples of the rows of --dataset_name; no other split and no other column is read."""
     name, split = args.dataset_name, args.dataset_split_name
     with explain_errors("dataset_name", f"{name} --dataset_split_name {split}", DATASET_ACCEPTED):
-        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+        if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
             data = load_from_disk(name)
-            if isinstance(data, DatasetDict) and split not in data:
-                raise ValueError(f"it has the splits {', '.join(data)}")
             data = data[split] if isinstance(data, DatasetDict) else data
             columns = pick_columns(data.column_names, args)
         else:
@@ -305,11 +283,11 @@ def read_data_set(args):
 
 
 def load_prompts(args):
-    """The different prompts, in the order of first occurrence, and the group of each, or None; raises `UserError`."""
-    group_of, paths = {}, args.prompts_path or [None]
+    """`{prompt: its group or None}`, in the order of first occurrence; raises `UserError` if there is none."""
+    group_of, paths = {}, args.prompts_path or [args.dataset_name]
     for path in paths:
         of_file = Path(path).stem if len(paths) > 1 and args.group_column is None else None
-        for prompt, *group in read_prompts(path, args) if path else read_data_set(args):
+        for prompt, *group in read_prompts(path, args) if args.prompts_path else read_data_set(args):
             if prompt is None or isinstance(prompt, float) and math.isnan(prompt):
                 continue
             if not isinstance(prompt, str):
@@ -317,13 +295,13 @@ def load_prompts(args):
             if prompt.strip():
                 group_of.setdefault(prompt.strip(), str(*group) if group else of_file)
             if len(group_of) == args.max_prompts:
-                return list(group_of), list(group_of.values())
+                return group_of
     if not group_of:
-        raise UserError(f"There are no prompts in {' '.join(args.prompts_path or [args.dataset_name])}: all is empty.")
-    return list(group_of), list(group_of.values())
+        raise UserError(f"There are no prompts in {' '.join(paths)}: all is empty.")
+    return group_of
 
 
-# ---- Models and images ----------------------------------------------------------------------------------------------
+# ---- Models ---------------------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
@@ -367,8 +345,11 @@ def locate(flag, path, revision=None):
             commit, names = found.sha, [file.rfilename for file in found.siblings]
         except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
             raise
-        except Exception:  # requests and httpx have errors of their own for a missing network: what is cached will do
-            folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
+        except Exception as error:  # requests and httpx have errors of their own for a missing network
+            try:
+                folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
+            except Exception:
+                raise ValueError(f"it is not on this machine, and the Hub cannot be reached ({error})") from error
             commit, names = folder.name, [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
     return Source(path, commit, names, f"{path}@{commit}")
 
@@ -379,9 +360,8 @@ def locate_models(args):
     sources = {"base": locate("pretrained_model_name_or_path", base, args.revision)}
     if sources["base"].kind[0] != "pipeline":
         raise UserError(
-            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Of a single file,"
-            " make a folder: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), of SDXL with"
-            " StableDiffusionXLPipeline."
+            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Of a single file make"
+            " a folder: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), or ...XLPipeline."
         )
     for name, path in args.models.items():
         sources[name] = locate("models", path)
@@ -393,26 +373,23 @@ def locate_models(args):
 
 def load_pipeline(source, base, device, args):
     """The pipeline of a model, on top of the base if it is none itself; raises `UserError` if it cannot be loaded."""
-    (kind, part), dtype = source.kind, getattr(torch, args.dtype)
+    (kind, part), dtype = source.kind, {"torch_dtype": getattr(torch, args.dtype)}
     whole = source if kind == "pipeline" else base
-    flag, variant = ("pretrained_model_name_or_path", args.variant) if whole is base else ("models", None)
-    with explain_errors(flag, whole.path):
-        pipeline = DiffusionPipeline.from_pretrained(
-            whole.path, revision=whole.commit, variant=variant, safety_checker=None, torch_dtype=dtype
-        )
-    with explain_errors("models", source.path, MODELS_ACCEPTED):
-        try:
-            if kind == "lora":
-                folder = os.path.dirname(source.path) if os.path.isfile(source.path) else source.path
-                pipeline.load_lora_weights(folder or ".", weight_name=part, revision=source.commit)
-            elif kind == "unet":
-                options = {"subfolder": part, "revision": source.commit, "torch_dtype": dtype}
-                pipeline.unet = UNet2DConditionModel.from_pretrained(source.path, **options)
-            pipeline.to(device)  # what had no weights fails here
-        except Exception as error:  # safetensors, PEFT and PyTorch have errors of their own
-            raise ValueError(f"{type(error).__name__}: {error}") from error
+    parts = {"safety_checker": None, "variant": args.variant if whole is base else None, **dtype}
+    with explain_errors("pretrained_model_name_or_path" if source is base else "models", source.path, MODELS_ACCEPTED):
+        if kind == "unet":  # in place of the base's, which is not read
+            options = {"subfolder": part, "revision": source.commit, **dtype}
+            parts["unet"] = UNet2DConditionModel.from_pretrained(source.path, **options)
+        pipeline = DiffusionPipeline.from_pretrained(whole.path, revision=whole.commit, **parts)
+        if kind == "lora":
+            folder = os.path.dirname(source.path) or "." if os.path.isfile(source.path) else source.path
+            pipeline.load_lora_weights(folder, weight_name=part, revision=source.commit)
+        pipeline.to(device)  # what had no weights fails here
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+# ---- Images ---------------------------------------------------------------------------------------------------------
 
 
 def save_whole(path, save):
@@ -428,52 +405,67 @@ def save_text(path, text):
 
 def open_output(prompts, sources, args):
     """Makes the output folder; raises `UserError` if the images in it are of other prompts, settings or models."""
-    folder = Path(args.output_dir)
-    path = folder / "evaluation_args.json"
+    path = Path(args.output_dir) / "evaluation_args.json"
     names = "num_images_per_prompt num_inference_steps guidance_scale resolution seed dtype variant".split()
     record = {f"--{name}": getattr(args, name) for name in names} | {"prompts": digest(prompts)}
     record |= {f"model {name}": source.identity for name, source in sources.items()}
     if PartialState().is_main_process:
         saved = json.loads(path.read_text()) if path.is_file() else {}
-        known = [key for key in record if key in saved]
-        changes = [f"{key}: {saved[key]} then, {record[key]} now" for key in known if saved[key] != record[key]]
-        if changes:
-            changes = [f"--output_dir {folder} holds images of something else:", *changes]
-            raise UserError("\n".join([*changes, "Give another folder, or delete this one."]))
-        folder.mkdir(parents=True, exist_ok=True)
+        changed = [key for key in record if saved.get(key, record[key]) != record[key]]
+        if changed:
+            changes = "\n".join(f"{key}: {saved[key]} then, {record[key]} now" for key in changed)
+            raise UserError(
+                f"--output_dir {args.output_dir} holds images of something else:\n{changes}\n"
+                "Give another folder, or delete this one."
+            )
+        (path.parent / "scores").mkdir(parents=True, exist_ok=True)
         save_text(path, json.dumps({**saved, **record}, indent=2))
     PartialState().wait_for_everyone()
 
 
-def image_path(name, prompt, i, args):
-    return Path(args.output_dir) / "images" / name / f"{prompt:05d}_{i}.png"
+class Job(NamedTuple):
+    """An image to draw, and a line of scores.csv."""
+
+    model: str
+    prompt: str
+    group: str | None
+    seed: int
+    image: str  # its file in the output folder
 
 
-def image_seed(prompt, i, args):
-    return args.seed + prompt * args.num_images_per_prompt + i
+def list_jobs(sources, group_of, args):
+    """The `Job` of every image: model by model, prompt by prompt, and the images of a prompt, all seeds in a row."""
+    jobs, count = [], args.num_images_per_prompt
+    for name, (number, (prompt, group)), i in itertools.product(sources, enumerate(group_of.items()), range(count)):
+        path = f"images/{name}/{number:05d}_{i}.png"
+        jobs.append(Job(name, prompt, group, args.seed + number * count + i, path))
+    return jobs
 
 
-def draw_images(name, sources, prompts, args):
-    """Draws every prompt with every seed and saves the images, this process's share, which are not there yet."""
-    state = PartialState()
-    jobs = list(np.ndindex(len(prompts), args.num_images_per_prompt))[state.process_index :: state.num_processes]
-    missing = [job for job in jobs if not image_path(name, *job, args).exists()]
+def batches(jobs, description, args):
+    """Yields --batch_size jobs at a time, with a progress bar in one process of each machine."""
+    silent = not jobs or not PartialState().is_local_main_process
+    for start in tqdm(range(0, len(jobs), args.batch_size), description, unit="batch", disable=silent):
+        yield jobs[start : start + args.batch_size]
+
+
+def draw_images(jobs, sources, args):
+    """Draws and saves those images of one model that are not there yet."""
+    folder = Path(args.output_dir)
+    missing = [job for job in jobs if not (folder / job.image).exists()]
     if not missing:
         return
-    pipeline = load_pipeline(sources[name], sources["base"], state.device, args)
+    name = missing[0].model
+    pipeline = load_pipeline(sources[name], sources["base"], PartialState().device, args)
     options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
     options |= {"height": args.resolution, "width": args.resolution}
-    image_path(name, 0, 0, args).parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(missing), desc=f"Images of {name}", unit="image", disable=not state.is_local_main_process)
-    for start in range(0, len(missing), args.batch_size):
-        batch = missing[start : start + args.batch_size]
+    (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+    for batch in batches(missing, f"Images of {name}", args):
         # On the CPU, so that an image does not depend on the device or on the batch it is drawn in.
-        generators = [torch.Generator().manual_seed(image_seed(*job, args)) for job in batch]
-        images = pipeline([prompts[prompt] for prompt, _ in batch], generator=generators, **options).images
+        generators = [torch.Generator().manual_seed(job.seed) for job in batch]
+        images = pipeline([job.prompt for job in batch], generator=generators, **options).images
         for job, image in zip(batch, images):
-            save_whole(image_path(name, *job, args), lambda temporary: image.save(temporary, "png"))
-        bar.update(len(batch))
-    bar.close()
+            save_whole(folder / job.image, lambda temporary: image.save(temporary, "png"))
 
 
 # ---- Rewards --------------------------------------------------------------------------------------------------------
@@ -507,123 +499,85 @@ class Scorer(NamedTuple):
 
     model: torch.nn.Module
     processor: Any
-    head: torch.nn.Module | None
     record: dict  # what tells its scores from another's
+    head: list = []  # weight and bias of each of `AESTHETIC_LAYERS`
 
     @torch.no_grad()
     def score(self, images, texts, pool):
         """Scores of N images: 100 times the cosines with their texts, or what the head says. Float64 `[N]`."""
         prepared = pool.map(lambda image: self.processor.image_processor(image, return_tensors="pt"), images)
         embeddings = embed_images(self.model, torch.cat([inputs["pixel_values"] for inputs in prepared]))
-        if self.head is not None:
-            return self.head(embeddings)[:, 0].double().cpu().numpy()
-        return 100 * (embeddings * embed_texts(self.model, self.processor, texts)).sum(-1).double().cpu().numpy()
+        if not self.head:
+            return 100 * (embeddings * embed_texts(self.model, self.processor, texts)).sum(-1).double().cpu().numpy()
+        for weight, bias in self.head:
+            embeddings = torch.nn.functional.linear(embeddings, weight, bias)
+        return embeddings[:, 0].double().cpu().numpy()
 
 
-def load_aesthetic_head(path):
-    """LAION's linear layers from an image embedding to a number; raises `UserError` if the file holds no such layers.
-
-    https://github.com/christophschuhmann/improved-aesthetic-predictor. The dropout between them does nothing here.
-    """
-    numbers = ", ".join(map(str, AESTHETIC_LAYERS))
-    accepted = f"weights and biases of layers.N, N of {numbers}: the linearMSE predictors"
-    with explain_errors("aesthetic_head", path, accepted):
-        try:
-            weights = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
-        except Exception as error:  # safetensors and pickle have errors of their own
-            raise ValueError(f"it is no file of tensors ({type(error).__name__})") from error
-        if set(weights) != {f"layers.{number}.{part}" for number in AESTHETIC_LAYERS for part in ("weight", "bias")}:
-            raise ValueError(f"it holds {', '.join(list(weights)[:12])}")
-    layers = []
-    for number in AESTHETIC_LAYERS:
-        layers.append(torch.nn.Linear(*reversed(weights[f"layers.{number}.weight"].shape)))
-        layers[-1].load_state_dict({part: weights[f"layers.{number}.{part}"] for part in ("weight", "bias")})
-    return torch.nn.Sequential(*layers).requires_grad_(False)
-
-
-def load_scorer(flag, path, revision, processor_path, device, args, head=None):
+def load_scorer(flag, path, device, args):
     """The `Scorer` of what a flag names; raises `UserError` if it does not embed images and texts into one space."""
-    source = locate(flag, path, revision)
-    own = processor_path == path
-    of_processor = source if own else locate("reward_processor", processor_path)
+    source = of_processor = locate(flag, path)
     with explain_errors(flag, path):
-        try:
-            model = AutoModel.from_pretrained(path, revision=source.commit)
-        except Exception as error:  # safetensors and PyTorch have errors of their own
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-        raise UserError(f"--{flag} {path} is a {type(model).__name__}, not a CLIP-style model.")
-    with explain_errors(flag if own else "reward_processor", processor_path):
-        processor = AutoProcessor.from_pretrained(processor_path, revision=of_processor.commit)
-        pixels = AutoImageProcessor.from_pretrained(processor_path, revision=of_processor.commit, **PIL_BACKEND)
+        model = AutoModel.from_pretrained(path, revision=source.commit)
+        if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+            raise ValueError(f"it is a {type(model).__name__}, not a CLIP-style model")
+    if "preprocessor_config.json" not in source.files:
+        of_processor = locate(f"{flag} {path} has no processor, and PickScore's,", PICKSCORE_PROCESSOR)
+    with explain_errors(flag, of_processor.path):
+        options = {"revision": of_processor.commit}
+        processor = AutoProcessor.from_pretrained(of_processor.path, **options)
+        pixels = AutoImageProcessor.from_pretrained(of_processor.path, **options, **PIL_BACKEND)
     processor.image_processor = pixels
     record = {"model": source.identity, "processor": of_processor.identity, "dtype": args.dtype}
     record["image_processor"] = {"class": type(pixels).__name__, **pixels.to_dict()}
     model = model.requires_grad_(False).eval().to(device, getattr(torch, args.dtype))
-    return Scorer(model, processor, head, record)
+    return Scorer(model, processor, record)
 
 
 def load_scorers(device, args):
     """What scores, `{reward: Scorer}`."""
-    sources = zip(args.reward_model.items(), args.reward_model_revision, args.reward_processor)
-    scorers = {name: load_scorer("reward_model", path, *rest, device, args) for (name, path), *rest in sources}
-    if args.aesthetic_head is not None:
-        head, clip = load_aesthetic_head(args.aesthetic_head).to(device), args.aesthetic_clip
-        scorers["aesthetic"] = load_scorer("aesthetic_clip", clip, None, clip, device, args, head)
-        scorers["aesthetic"].record["head"] = locate("aesthetic_head", args.aesthetic_head).identity
+    scorers = {name: load_scorer("reward_model", path, device, args) for name, path in args.reward_model.items()}
+    path = args.aesthetic_head
+    if path is not None:
+        with explain_errors("aesthetic_head", path, f"weights and biases of {', '.join(AESTHETIC_LAYERS)}"):
+            weights = torch.load(path, device, weights_only=True)
+            head = [[weights[f"{layer}.{part}"].float() for part in ("weight", "bias")] for layer in AESTHETIC_LAYERS]
+        scorer = load_scorer("aesthetic_clip", args.aesthetic_clip, device, args)
+        scorer.record["head"] = locate("aesthetic_head", path).identity
+        scorers["aesthetic"] = scorer._replace(head=head)
     return scorers
 
 
-def score_files(paths, texts, scorers, batch_size):
-    """Rewards of N image files for their texts, `{reward: float64 array [N]}`."""
-    scores = {name: np.empty(len(paths)) for name in scorers}
+def score_key(job, scorer, args):
+    """What a score is kept under: the image's file with its size and time, and a hash of its prompt and the reward."""
+    status = (Path(args.output_dir) / job.image).stat()
+    return f"{job.image} {status.st_size} {status.st_mtime_ns} {digest([job.prompt, scorer.record])}"
+
+
+def kept_scores(args):
+    """`{key: score}`, what all processes have kept."""
+    paths = sorted(Path(args.output_dir).glob("scores/*.json"))
+    return {key: score for path in paths for key, score in json.loads(path.read_text()).items()}
+
+
+def score_missing(jobs, scorers, args):
+    """Scores those images that have no score yet and keeps it; raises `UserError` at a score that is not finite."""
+    folder, kept = Path(args.output_dir), kept_scores(args)
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without holding up the others
-        for start in range(0, len(paths), batch_size):
-            batch = slice(start, start + batch_size)
-            images = list(pool.map(lambda path: Image.open(path).convert("RGB"), paths[batch]))
-            for name, scorer in scorers.items():
-                scores[name][batch] = scorer.score(images, texts[batch], pool)
-    return scores
-
-
-def score_models(models, prompts, scorers, args):
-    """Rewards `{reward: {model: float array [prompts, images]}}`, in the main process; every process scores a share.
-
-    What was scored before of the same images, prompts and reward is read from scores/NAME.json. Raises `UserError` if
-    a score is not finite.
-    """
-    state, scores = PartialState(), {reward: {} for reward in scorers}
-    jobs = list(np.ndindex(len(prompts), args.num_images_per_prompt))
-    texts, share = [prompts[prompt] for prompt, _ in jobs], slice(state.process_index, None, state.num_processes)
-    for name in tqdm(models, desc="Scores", unit="model", disable=not state.is_main_process):
-        paths = [image_path(name, *job, args) for job in jobs]
-        facts = [texts, [[path.stat().st_size, path.stat().st_mtime_ns] for path in paths]]
-        keys = {reward: digest([scorer.record, facts]) for reward, scorer in scorers.items()}
-        kept_path = Path(args.output_dir) / "scores" / f"{name}.json"
-        kept = json.loads(kept_path.read_text()) if kept_path.is_file() else {}
-        missing = [reward for reward in keys if kept.get(reward, {}).get("key") != keys[reward]]
-        (missing,) = broadcast_object_list([missing])  # the main process's, as all have to do the same
-        if missing:
-            some = {reward: scorers[reward] for reward in missing}
-            of_process = gather_object([score_files(paths[share], texts[share], some, args.batch_size)])
-        if not state.is_main_process:
-            continue
-        for reward in missing:
-            values = np.empty(len(jobs))
-            for i, found in enumerate(of_process):
-                values[i :: state.num_processes] = found[reward]
-            for i in np.flatnonzero(~np.isfinite(values)):
-                raise UserError(
-                    f"{reward} gives {values[i]} to {paths[i]} ({texts[i]!r}), which ranks nothing. Either the reward"
-                    " model is damaged, or it overflows in float16: give --dtype float32 and another --output_dir."
-                )
-            kept[reward] = {"key": keys[reward], "scores": values.tolist()}
-        if missing:
-            kept_path.parent.mkdir(exist_ok=True)
-            save_text(kept_path, json.dumps(kept))
-        for reward in scorers:
-            scores[reward][name] = np.reshape(kept[reward]["scores"], (len(prompts), -1))
-    return scores
+        for reward, scorer in scorers.items():
+            missing = [job for job in jobs if score_key(job, scorer, args) not in kept]
+            for batch in batches(missing, f"Scores by {reward}", args):
+                images = pool.map(lambda job: Image.open(folder / job.image).convert("RGB"), batch)
+                scores = scorer.score(images, [job.prompt for job in batch], pool)
+                if not np.isfinite(scores).all():
+                    job, score = next(pair for pair in zip(batch, scores) if not math.isfinite(pair[1]))
+                    raise UserError(
+                        f"{reward} gives {score} to {folder / job.image} ({job.prompt!r}), which ranks nothing. It is"
+                        " damaged, or overflows in float16: then give --dtype float32 and another --output_dir."
+                    )
+                kept |= {score_key(job, scorer, args): float(score) for job, score in zip(batch, scores)}
+            if missing:
+                save_text(folder / "scores" / f"{PartialState().process_index}.json", json.dumps(kept))
 
 
 # ---- Pictures and tables --------------------------------------------------------------------------------------------
@@ -650,42 +604,15 @@ def side_by_side(base_images, tuned_images, prompts):
     return sheet
 
 
-def compare(name, gaps, prompts, args):
-    """`side_by_side` of prompts evenly spaced from the largest to the smallest of their mean `gaps` `[prompts]`."""
-    order = np.argsort(-gaps, kind="stable")
-    chosen = order[np.linspace(0, len(order) - 1, min(NUM_COMPARED_PROMPTS, len(order))).round().astype(int)]
-    images = [
-        [[Image.open(image_path(model, p, i, args)) for i in range(args.num_images_per_prompt)] for p in chosen]
-        for model in ("base", name)
-    ]
-    return side_by_side(*images, [f"{prompts[prompt]} ({gaps[prompt]:+.2f})" for prompt in chosen])
-
-
-def draw_gaps(scores):
-    """Histograms of score less the base's, a panel a reward, a line a model."""
-    figure = Figure(figsize=(6 * len(scores), 4), layout="constrained")
-    for axes, (reward, of_model) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items()):
-        gaps = {model: (values - of_model["base"]).ravel() for model, values in of_model.items() if model != "base"}
-        axes.hist(list(gaps.values()), bins=60, histtype="step", label=list(gaps))
-        axes.axvline(0, color="black", linewidth=0.5)
-        axes.set(title=reward, xlabel="score less the base's", ylabel="images")
-        axes.legend()
-    return figure
-
-
-def draw_checkpoints(duels, steps):
-    """Win rate over the base by training step, with its interval, a line a reward."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    frame = pd.DataFrame(duels).query("group == @ALL and opponent == 'base' and model in @steps")
-    for reward, rows in frame.groupby("reward", sort=False):
-        of_checkpoint = rows["model"].map(steps)
-        axes.plot(of_checkpoint, rows["win_rate"], marker="o", label=reward)
-        axes.fill_between(of_checkpoint, rows["win_rate_low"], rows["win_rate_high"], alpha=0.2)
-    axes.axhline(0.5, color="black", linewidth=0.5)
-    axes.set(xlabel="training step", ylabel="win rate over base, 95 % interval", ylim=(0, 1))
-    axes.legend()
-    return figure
+def compare(name, table, reward, args):
+    """`side_by_side` of base and a model for prompts evenly spaced from the largest to the smallest mean gap."""
+    of_prompt = table.groupby(["model", "prompt"], sort=False).agg({reward: "mean", "image": list})
+    base, tuned = of_prompt.loc["base"], of_prompt.loc[name]
+    gaps = (tuned[reward] - base[reward]).sort_values(ascending=False, kind="stable")
+    chosen = gaps.iloc[np.linspace(0, len(gaps) - 1, min(NUM_COMPARED_PROMPTS, len(gaps))).round().astype(int)]
+    of_model = [rows.loc[chosen.index, "image"] for rows in (base, tuned)]
+    images = [[[Image.open(Path(args.output_dir) / path) for path in paths] for paths in rows] for rows in of_model]
+    return side_by_side(*images, [f"{prompt} ({gap:+.2f})" for prompt, gap in chosen.items()])
 
 
 def escape_markdown(text):
@@ -699,34 +626,21 @@ def with_ends(row, name, form):
 
 
 def as_markdown(results, duels):
-    """What `summarise` returns as Markdown: a table for each reward and group, and all against all of many models."""
-    lines, models = [], list(dict.fromkeys(row["model"] for row in results))
-    duel_of = {(row["reward"], row["group"], row["model"], row["opponent"]): row for row in duels}
-    for reward, group in dict.fromkeys((row["reward"], row["group"]) for row in results):
-        rows = [row for row in results if (row["reward"], row["group"]) == (reward, group)]
-        few = ", too few prompts for an interval to mean much" * (rows[0]["num_prompts"] < FEW_PROMPTS)
-        lines += [
-            f"**{reward}**, {escape_markdown(group)} prompts ({rows[0]['num_prompts']}{few}), 95 % intervals",
-            "",
-        ]
-        lines += ["| model | median score | less the base's | mean score | win rate over base | ties |"]
-        lines += ["|---" * 6 + "|"]
-        for row in rows:
-            cells = [row["model"], with_ends(row, "median", ".3f"), "", f"{row['mean']:.3f}", "", ""]
-            if row["model"] != models[0]:
-                duel = duel_of[reward, group, row["model"], models[0]]
-                cells[2] = with_ends(row, "median_less_base", "+.3f")
-                cells[4:] = [with_ends(duel, "win_rate", ".1%"), f"{duel['tie_rate']:.1%}"]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-        if len(models) > 2 and group == ALL:
-            lines += [f"| {reward}, win rate over | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
-            for model in models:
-                found = [duel_of.get((reward, group, model, opponent)) for opponent in models]
-                cells = [with_ends(duel, "win_rate", ".1%") if duel else "" for duel in found]
-                lines.append(f"| {model} | {' | '.join(cells)} |")
-            lines.append("")
-    return "\n".join(lines)
+    """What `summarise` returns as Markdown, a table for each reward and group."""
+    lines, base = [], results[0]["model"]
+    over_base = {(row["reward"], row["group"], row["model"]): row for row in duels if row["opponent"] == base}
+    for row in results:
+        if row["model"] == base:  # the first of its group
+            few = ", too few prompts for an interval to mean much" * (row["num_prompts"] < FEW_PROMPTS)
+            title = f"**{row['reward']}**, {escape_markdown(row['group'])} prompts ({row['num_prompts']}{few})"
+            header = "| model | median score | less the base's | mean score | win rate over base | ties |"
+            lines += ["", f"{title}, 95 % intervals", "", header, "|---" * 6 + "|"]
+        cells = [row["model"], with_ends(row, "median", ".3f"), "", f"{row['mean']:.3f}", "", ""]
+        if duel := over_base.get((row["reward"], row["group"], row["model"])):
+            cells[2] = with_ends(row, "median_less_base", "+.3f")
+            cells[4:] = [with_ends(duel, "win_rate", ".1%"), f"{duel['tie_rate']:.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines[1:]) + "\n"
 
 
 def name_best(scores, duels, args):
@@ -745,39 +659,139 @@ def name_best(scores, duels, args):
     return {**best, "step": steps[best["model"]], "win_rate_on_other_half": honest}, text
 
 
-def write_csv(path, rows):
-    """A table of dicts; a text that a spreadsheet would take for a formula gets an apostrophe before it."""
-    table = pd.DataFrame(rows, dtype=object).map(
+def write_csv(path, table):
+    """Writes a table; a text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    safe = table.astype(object).map(
         lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
     )
-    save_text(path, table.to_csv(index=False))
+    save_text(path, safe.to_csv(index=False))
 
 
-def write_results(scores, prompts, groups, sources, scorers, args):
-    """Writes the tables and pictures, and returns the Markdown."""
-    folder, rows = Path(args.output_dir), []
-    for name, (prompt, i) in itertools.product(sources, np.ndindex(len(prompts), args.num_images_per_prompt)):
-        row = {"model": name, "prompt": prompts[prompt], "group": groups[prompt], "seed": image_seed(prompt, i, args)}
-        row |= {reward: of_model[name][prompt, i] for reward, of_model in scores.items()}
-        rows.append(row | {"image": image_path(name, prompt, i, args).relative_to(folder).as_posix()})
-    write_csv(folder / "scores.csv", rows)
+def collect_scores(jobs, scorers, args):
+    """The table of scores.csv: a line for each job, with a column for each reward."""
+    kept = kept_scores(args)
+    of_reward = {reward: [kept[score_key(job, scorer, args)] for job in jobs] for reward, scorer in scorers.items()}
+    return pd.DataFrame(jobs).assign(**of_reward)
+
+
+def write_results(table, sources, scorers, args):
+    """Writes tables and pictures, and returns the Markdown."""
+    folder, scores = Path(args.output_dir), {reward: {} for reward in scorers}
+    groups = table.drop_duplicates("prompt")["group"].tolist()
+    for reward, (name, rows) in itertools.product(scorers, table.groupby("model", sort=False)):
+        scores[reward][name] = rows[reward].to_numpy().reshape(len(groups), -1)
     results, duels = summarise(scores, groups, args.seed)
-    write_csv(folder / "results.csv", results + duels)
     record, text = {"results": results, "win_rates": duels}, as_markdown(results, duels)
     if args.steps:
         record["best"], sentence = name_best(scores, duels, args)
         text = f"{sentence}\n\n{text}"
-        draw_checkpoints(duels, args.steps).savefig(folder / "checkpoints.png", dpi=120)
     record["models"] = {name: source.identity for name, source in sources.items()}
     record["rewards"] = {reward: scorer.record for reward, scorer in scorers.items()}
+    write_csv(folder / "scores.csv", table)
+    write_csv(folder / "results.csv", pd.DataFrame(results + duels))
     save_text(folder / "results.json", json.dumps({**record, "args": vars(args)}, indent=2))
     save_text(folder / "results.md", text)
-    draw_gaps(scores).savefig(folder / "gaps.png", dpi=120)
-    first_reward = next(iter(scores.values()))
     for name in args.models:
-        gaps = (first_reward[name] - first_reward["base"]).mean(axis=1)
-        compare(name, gaps, prompts, args).save(folder / f"comparison-{name}.png")
+        compare(name, table, next(iter(scores)), args).save(folder / f"comparison-{name}.png")
     return text
+
+
+# ---- Pages to look at -----------------------------------------------------------------------------------------------
+
+GALLERY = """<!doctype html>
+<meta charset="utf-8">
+<title>Gallery</title>
+<style>
+body { font: 14px sans-serif } td, th { border-top: 1px solid #ccc; text-align: left; vertical-align: top }
+td:first-child { width: 16em; overflow-wrap: anywhere }
+figure { display: inline-block; margin: 4px } img { display: block; height: 192px }
+</style>
+<p><input id="text" placeholder="words of the prompt">
+<select id="group"><option value="">all groups
+{% for group in groups %}<option value="{{ group }}">{{ group }}{% endfor %}</select>
+<select id="order"><option value="">as given
+{% for name in gains %}<option value="{{ loop.index0 }}">by gain of {{ name }}{% endfor %}</select>
+<span id="count"></span> prompts; ★ has the highest score at the seed</p>
+<table><thead><tr><th>prompt{% for model in models %}<th>{{ model }}{% endfor %}</thead><tbody>
+{% for row in rows %}<tr data-group="{{ row.group }}" data-gains="{{ row.gains | tojson }}"><td>{{ row.prompt }}
+{% for model in models %}<td>{% for image in row.images[model] %}
+<figure><a href="{{ image.image }}"><img loading="lazy" src="{{ image.image }}" alt="{{ model }}"></a>
+{% for reward in rewards %}<div>{{ reward }} {{ "%.3f" | format(image[reward]) }}
+{{ "★" if image[reward] == image.best[reward] }}</div>{% endfor %}</figure>
+{% endfor %}{% endfor %}{% endfor %}</table>
+<script>
+const [text, group, order, count] = ["text", "group", "order", "count"].map(id => document.getElementById(id))
+const body = document.querySelector("tbody"), rows = [...body.rows]
+const gain = row => order.value && JSON.parse(row.dataset.gains)[order.value]
+const fits = row => (!group.value || row.dataset.group === group.value) &&
+  row.cells[0].textContent.toLowerCase().includes(text.value.toLowerCase())
+document.oninput = () => {
+  body.replaceChildren(...rows.filter(fits).sort((a, b) => gain(b) - gain(a)))
+  count.textContent = body.rows.length
+}
+document.oninput()
+</script>
+"""
+
+
+def write_gallery(table, rewards, args):
+    """Writes gallery.html: prompts down, models across, every image with its scores, to be sorted and filtered."""
+    models, rows = table["model"].unique(), []
+    best = table.groupby(["prompt", "seed"])[rewards].transform("max").to_dict("records")
+    means = {model: of_model.groupby("prompt")[rewards].mean() for model, of_model in table.groupby("model")}
+    gains = {
+        f"{model} by {reward}": (means[model] - means["base"])[reward] for model in models[1:] for reward in rewards
+    }
+    for (prompt, group), images in table.assign(best=best).groupby(["prompt", "group"], sort=False, dropna=False):
+        images = {model: of_model.to_dict("records") for model, of_model in images.groupby("model")}
+        of_prompt = [float(gain[prompt]) for gain in gains.values()]
+        rows.append({"prompt": prompt, "group": group, "gains": of_prompt, "images": images})
+    groups, template = table["group"].dropna().unique(), jinja2.Environment(autoescape=True).from_string(GALLERY)
+    page = template.render(models=models, rewards=rewards, rows=rows, groups=groups, gains=gains)
+    save_text(Path(args.output_dir) / "gallery.html", page)
+
+
+# ---- Pairs to train on ----------------------------------------------------------------------------------------------
+
+
+def couple_images(table, reward, args):
+    """Couples of lines of `collect_scores`, as dicts: of each prompt the best and worst image, or all that differ."""
+    content = [hashlib.sha256((Path(args.output_dir) / image).read_bytes()).hexdigest() for image in table["image"]]
+    couples = []
+    for _, rows in table.assign(uid=content).drop_duplicates(["prompt", "uid"]).groupby("prompt", sort=False):
+        ranked = rows.sort_values(reward, ascending=False).to_dict("records")
+        ends = zip(ranked[:1], ranked[1:][-1:])
+        couples += ends if args.pairs == "best_worst" else itertools.combinations(ranked, 2)
+    return [sorted(couple, key=lambda row: row["uid"]) for couple in couples]  # which is first says nothing
+
+
+def as_pair(couple, rewards, args):
+    """A couple in Pick-a-Pic's columns, with all scores; the first reward, a cosine times 100, labels it."""
+    pair = {"caption": couple[0]["prompt"], "ranking_id": "-".join(row["uid"][:16] for row in couple)}
+    for i, row in enumerate(couple):
+        pair |= {f"jpg_{i}": (Path(args.output_dir) / row["image"]).read_bytes(), f"image_{i}_uid": row["uid"]}
+        pair |= {f"{name}_{i}": row[name] for name in ("model", "seed")}
+        pair |= {f"score_{i}_{reward}": row[reward] for reward in rewards}
+    gap, (low, high) = couple[0][rewards[0]] - couple[1][rewards[0]], args.score_range
+    soft_label = torch.tensor(gap / 100 / (high - low), dtype=torch.float64).sigmoid().item()
+    return pair | {"label_0": float(wins(gap, 0)), "label_1": float(wins(0, gap)), "soft_label_0": soft_label}
+
+
+def write_pairs(table, rewards, args):
+    """Writes --pairs_path, which the training scripts take as --dataset_name; raises `UserError` without pairs."""
+    couples = couple_images(table, rewards[0], args)
+    if not couples:
+        raise UserError(f"--pairs_path {args.pairs_path} stays unwritten: of no prompt do two images differ.")
+
+    def save(path):
+        schema = pa.Table.from_pylist([as_pair(couples[0], rewards, args)]).schema
+        with pq.ParquetWriter(path, schema) as writer:
+            for start in range(0, len(couples), PAIRS_PER_GROUP):  # so many pictures in memory at a time
+                rows = [as_pair(couple, rewards, args) for couple in couples[start : start + PAIRS_PER_GROUP]]
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+
+    Path(args.pairs_path).parent.mkdir(parents=True, exist_ok=True)
+    save_whole(Path(args.pairs_path), save)
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -792,60 +806,46 @@ def positive_int(text):
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description="Medians and win rates, base against tuned.")
+    path = {"type": os.path.expanduser}
 
-    group = parser.add_argument_group("models", "Give --models, --run_dir, or both.")
-    group.add_argument("--pretrained_model_name_or_path", required=True, help="Base model: a Hub name or a folder.")
-    group.add_argument("--revision", help="Revision of the base model on the Hub.")
-    group.add_argument("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
-    group.add_argument(
-        "--models", nargs="+", default=[], help=f"Tuned models, each PATH or NAME=PATH: {MODELS_ACCEPTED}."
-    )
-    group.add_argument("--run_dir", help="Output folder of a training run: compares its checkpoints, names the best.")
+    add = parser.add_argument_group("models", "Give --models, --run_dir, or both.").add_argument
+    add("--pretrained_model_name_or_path", **path, required=True, help="Base model: a Hub name or a folder.")
+    add("--revision", help="Revision of the base model on the Hub.")
+    add("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
+    add("--models", nargs="+", default=[], help=f"Tuned models, each PATH or NAME=PATH: {MODELS_ACCEPTED}.")
+    add("--run_dir", **path, help="Output folder of a training run: compares its checkpoints, names the best.")
 
-    group = parser.add_argument_group("prompts", "Give one of --prompts_path and --dataset_name.")
-    group.add_argument(
-        "--prompts_path", nargs="+", help=f"Files of prompts, each a group if there are several: {PROMPTS_ACCEPTED}."
-    )
-    group.add_argument("--dataset_name", help=f"Data set: {DATASET_ACCEPTED}.")
-    group.add_argument("--dataset_config_name", help="Configuration of the data set, if it has several.")
-    group.add_argument("--dataset_split_name", "--split", default="train", help="Split of the data set.")
-    group.add_argument("--caption_column", default="caption", help="Prompt of the images.")
-    group.add_argument("--group_column", help="What results are broken down by, such as Category of Parti-Prompts.")
-    group.add_argument("--max_prompts", type=positive_int, help="Use the first so many prompts.")
+    add = parser.add_argument_group("prompts", "Give one of --prompts_path and --dataset_name.").add_argument
+    add("--prompts_path", nargs="+", **path, help=f"Files, each a group if several: {PROMPTS_ACCEPTED}.")
+    add("--dataset_name", **path, help=f"Data set: {DATASET_ACCEPTED}.")
+    add("--dataset_config_name", help="Configuration of the data set, if it has several.")
+    add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
+    add("--caption_column", default="caption", help="Prompt of the images.")
+    add("--group_column", help="What results are broken down by, such as Category of Parti-Prompts.")
+    add("--max_prompts", type=positive_int, help="Use the first so many prompts.")
 
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--num_images_per_prompt", type=positive_int, default=1, help="Images, each with its own seed.")
-    group.add_argument("--num_inference_steps", type=positive_int, default=50, help="Denoising steps.")
-    group.add_argument("--guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
-    group.add_argument("--resolution", type=positive_int, default=512, help="Side of the square images, in pixels.")
-    group.add_argument("--seed", type=int, default=0, help="Seed of the first image; each further one has the next.")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--num_images_per_prompt", type=positive_int, default=1, help="Images, each with its own seed.")
+    add("--num_inference_steps", type=positive_int, default=50, help="Denoising steps.")
+    add("--guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
+    add("--resolution", type=positive_int, default=512, help="Side of the square images, in pixels.")
+    add("--seed", type=int, default=0, help="Seed of the first image; each further one has the next.")
+    text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
+    add("--batch_size", type=positive_int, default=16, help="Images at a time.")
 
-    group = parser.add_argument_group("reward model")
-    group.add_argument(
-        "--reward_model",
-        nargs="+",
-        default=[PICKSCORE],
-        help="CLIP-style models that score, each PATH or NAME=PATH: Hub names or folders.",
-    )
-    group.add_argument("--reward_model_revision", nargs="+", help="Revision of each reward model on the Hub.")
-    group.add_argument(
-        "--reward_processor",
-        nargs="+",
-        help=f"Processor of each reward model. Default: the model's own; for PickScore {PICKSCORE_PROCESSOR}.",
-    )
-    group.add_argument("--aesthetic_head", help="Weights of LAION's sac+logos+ava1-l14-linearMSE.pth, also a reward.")
-    group.add_argument("--aesthetic_clip", default=AESTHETIC_CLIP, help="CLIP that --aesthetic_head goes on top of.")
+    add = parser.add_argument_group("reward model").add_argument
+    text = "CLIP-style models that score, each PATH or NAME=PATH: Hub names or folders."
+    add("--reward_model", nargs="+", default=[PICKSCORE], help=text)
+    add("--aesthetic_head", **path, help="Weights of LAION's sac+logos+ava1-l14-linearMSE.pth, also a reward.")
+    add("--aesthetic_clip", **path, default=AESTHETIC_CLIP, help="CLIP under --aesthetic_head.")
 
-    group = parser.add_argument_group("memory and speed")
-    group.add_argument(
-        "--dtype",
-        choices=["float32", "float16", "bfloat16"],
-        help="Precision of the models. Default: float16 on an accelerator, float32 on a CPU.",
-    )
-    group.add_argument("--batch_size", type=positive_int, default=16, help="Images at a time.")
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", required=True, help="Folder for images, scores and tables.")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", **path, required=True, help="Folder for images, scores and tables.")
+    add("--pairs_path", **path, help="Also writes the images as preference pairs to train on, a Parquet file.")
+    add("--pairs", choices=["best_worst", "all"], default="best_worst", help="Which two images of a prompt to pair.")
+    ends = {"nargs": 2, "type": float, "metavar": ("MIN", "MAX"), "default": PICKSCORE_RANGE}
+    add("--score_range", **ends, help="Range of the first reward, a cosine, for soft labels. Default: PickScore's.")
 
     args = parser.parse_args(input_args)
     resolve(args)
@@ -869,67 +869,51 @@ def named_sources(values, flag, taken, problems):
 
 
 def resolve(args):
-    """Checks what no type does, and fills in what depends on others.
+    """Checks what no type does, and fills in what depends on others; raises `UserError` with a line for each problem.
 
     --models, with the checkpoints of --run_dir, and --reward_model become `{name: path}`; `args.steps` is
-    `{checkpoint: step}`. A `~` becomes the home folder.
-
-    Raises:
-        UserError: with every problem that the flags alone show, one a line, before anything is loaded.
+    `{checkpoint: step}`.
     """
-    problems = []
-    for flag in "pretrained_model_name_or_path run_dir dataset_name aesthetic_head aesthetic_clip output_dir".split():
-        if getattr(args, flag) is not None:
-            setattr(args, flag, os.path.expanduser(getattr(args, flag)))
-    if not math.isfinite(args.guidance_scale):
-        problems.append(f"--guidance_scale must be finite, got {args.guidance_scale}.")
-    if args.seed < 0:
-        problems.append(f"--seed must not be negative, got {args.seed}.")
-    if args.resolution % 8:
-        problems.append(f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}.")
-    if Path(args.output_dir).is_file():
-        problems.append(f"--output_dir {args.output_dir} is a file: name a folder.")
-    if (args.prompts_path is None) == (args.dataset_name is None):
-        problems.append("Give prompts with one of --prompts_path and --dataset_name.")
-    args.prompts_path = args.prompts_path and [os.path.expanduser(path) for path in args.prompts_path]
+    data, run, pairs = args.dataset_name, args.run_dir, args.pairs_path
+    names = os.listdir(run) if run and os.path.isdir(run) else []
+    steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
+    base_alone, (low, high) = not args.models and run is None, args.score_range
+    checks = [
+        (not math.isfinite(args.guidance_scale), f"--guidance_scale must be finite, got {args.guidance_scale}."),
+        (args.seed < 0, f"--seed must not be negative, got {args.seed}."),
+        (args.resolution % 8, f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}."),
+        (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file: name a folder."),
+        (base_alone and not pairs, "Give tuned models with --models, or a run with --run_dir."),
+        (run and not steps, f"--run_dir {run} has no folders named checkpoint-STEP."),
+        (
+            pairs and base_alone and args.num_images_per_prompt < 2,
+            "--pairs_path needs two images of a prompt: give --num_images_per_prompt 2 or more, or --models.",
+        ),
+        (pairs and not pairs.endswith(".parquet"), f"--pairs_path {pairs} must end in .parquet."),
+        (not low < high, f"--score_range must be a MIN and a larger MAX, got {low} {high}."),
+        ((args.prompts_path is None) == (data is None), "Give one of --prompts_path and --dataset_name."),
+        (
+            data and Path(data).is_file() and not data.endswith(".parquet"),
+            f"--dataset_name {data} is a file: give it to --prompts_path.",
+        ),
+    ]
     for path in args.prompts_path or []:
-        if not Path(path).is_file():
-            problems.append(f"--prompts_path {path} is not a file.")
-        elif Path(path).suffix not in PROMPT_FILES:
-            problems.append(f"--prompts_path {path} must end in {', '.join(PROMPT_FILES)}.")
-    if args.dataset_name and Path(args.dataset_name).is_file() and not args.dataset_name.endswith(".parquet"):
-        problems.append(f"--dataset_name {args.dataset_name} is a file: give it to --prompts_path.")
-    args.steps = {}
-    if args.run_dir is not None:
-        names = [path.name for path in Path(args.run_dir).glob("checkpoint-*")]
-        steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
-        args.steps = {f"checkpoint-{step}": step for step in steps}
-        if not steps:
-            problems.append(f"--run_dir {args.run_dir} has no folders named checkpoint-STEP.")
+        wrong = not Path(path).is_file() or Path(path).suffix not in PROMPT_FILES
+        checks.append((wrong, f"--prompts_path {path} is not a file that ends in {', '.join(PROMPT_FILES)}."))
+    for flag, value in vars(args).items():
+        empty = value == "" or isinstance(value, list) and "" in value
+        checks.append((empty, f"--{flag} is empty. Is a variable of the shell not set?"))
+    problems = [sentence for wrong, sentence in checks if wrong]
+    args.steps = {f"checkpoint-{step}": step for step in steps}
     args.models = named_sources(args.models, "models", ["base", *args.steps], problems)
-    args.models.update({name: f"{args.run_dir}/{name}" for name in args.steps})
-    if args.run_dir is None and not args.models:
-        problems.append("Give tuned models with --models, or the folder of a run with --run_dir.")
-    taken = ["aesthetic"] if args.aesthetic_head is not None else []
-    args.reward_model = named_sources(args.reward_model, "reward_model", taken, problems)
-    for flag in ("reward_model_revision", "reward_processor"):
-        count = len(getattr(args, flag) or args.reward_model)
-        if count != len(args.reward_model):
-            problems.append(
-                f"--{flag} has {count} values for {len(args.reward_model)} reward models: give one for each."
-            )
-    if args.aesthetic_head is not None and not Path(args.aesthetic_head).is_file():
-        problems.append(f"--aesthetic_head {args.aesthetic_head} is not a file.")
-    if args.aesthetic_head is None and args.aesthetic_clip != AESTHETIC_CLIP:
-        problems.append("--aesthetic_clip does nothing without --aesthetic_head.")
+    args.reward_model = named_sources(
+        args.reward_model, "reward_model", ["aesthetic", "best", "uid", *Job._fields], problems
+    )
     if problems:
         raise UserError("\n".join(problems))
-
     args.models = {name: os.path.expanduser(path) for name, path in args.models.items()}
+    args.models |= {name: f"{run}/{name}" for name in args.steps}
     args.reward_model = {name: os.path.expanduser(path) for name, path in args.reward_model.items()}
-    own = [PICKSCORE_PROCESSOR if path == PICKSCORE else path for path in args.reward_model.values()]
-    args.reward_processor = [os.path.expanduser(path) for path in args.reward_processor or own]
-    args.reward_model_revision = args.reward_model_revision or [None] * len(own)
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------
@@ -939,17 +923,24 @@ def main(args):
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=MERGE_TIMEOUT)
     args.dtype = args.dtype or ("float32" if state.device.type == "cpu" else "float16")
-    prompts, groups = load_prompts(args)
+    group_of = load_prompts(args)
     sources = locate_models(args)
-    open_output(prompts, sources, args)
+    open_output(list(group_of), sources, args)
     scorers = load_scorers(state.device, args)  # before anything is drawn: they may not be there
+    jobs = list_jobs(sources, group_of, args)
     for name in sources:
-        draw_images(name, sources, prompts, args)
+        own = [job for job in jobs[state.process_index :: state.num_processes] if job.model == name]
+        draw_images(own, sources, args)
+        score_missing(own, scorers, args)
     state.wait_for_everyone()
-    scores = score_models(sources, prompts, scorers, args)
     if state.is_main_process:
-        print(write_results(scores, prompts, groups, sources, scorers, args))
-        print(f"\nImages, scores and pictures are in {args.output_dir}.")
+        score_missing(jobs, scorers, args)  # what a file of another machine does not show yet
+        table = collect_scores(jobs, scorers, args)
+        print(write_results(table, sources, scorers, args))
+        write_gallery(table, list(scorers), args)
+        if args.pairs_path is not None:
+            write_pairs(table, list(scorers), args)
+        print(f"\nImages, scores and pictures are in {args.output_dir}: look at its gallery.html.")
 
 
 if __name__ == "__main__":

@@ -1,38 +1,46 @@
 """evaluate_smpo.py on the tiny models: what it draws, scores and says, what it keeps, and whom it refuses."""
 
+import argparse
 import csv
+import hashlib
 import itertools
 import json
 import math
+import runpy
 import shutil
-import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 
 import hub_server
 import huggingface_hub
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, command_line, run_script, train
+from conftest import ROOT, TINY, TWO_PROCESSES, command_line, train
 from fork_server import ForkServer, wait_for
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_standalone import LAUNCH
 from transformers import CLIPModel, CLIPProcessor
 
 import evaluate_smpo
 from diffusers import UNet2DConditionModel
-from evaluate_smpo import UserError, load_prompts, parse_args, resample_prompts, summarise, win_intervals, wins
+from evaluate_smpo import UserError, load_prompts, parse_args, resample_prompts, summarise, win_interval, wins
+
+
+SAME = f"same={TINY / 'sd15'}"  # the base under another name
 
 
 def evaluation_flags(output_dir, **flags):
+    """Of the tiny data set's prompts, or of those in a file that is given."""
+    prompts = {} if flags.get("prompts_path") else {"dataset_name": TINY / "pairs", "split": "test"}
     defaults = {
-        "pretrained_model_name_or_path": TINY / "sd15", "dataset_name": TINY / "pairs", "split": "test",
-        "reward_model": TINY / "pickscore", "max_prompts": 24, "num_inference_steps": 8, "guidance_scale": 1.0,
-        "resolution": 64, "batch_size": 24, "output_dir": output_dir,
+        "pretrained_model_name_or_path": TINY / "sd15", "models": SAME, "reward_model": TINY / "pickscore",
+        "max_prompts": 3, "num_inference_steps": 2, "guidance_scale": 1.0, "resolution": 64, "batch_size": 24,
+        "output_dir": output_dir, **prompts,
     }  # fmt: skip
     return command_line(**{**defaults, **flags})
 
@@ -80,7 +88,8 @@ def damaged(tmp_path_factory):
 
 
 def test_itself_and_a_damaged_model(damaged, tmp_path):
-    results = evaluate(tmp_path, models=[f"same={TINY / 'sd15'}", f"damaged={damaged}"])
+    models = [SAME, f"damaged={damaged}"]
+    results = evaluate(tmp_path, models=models, max_prompts=24, num_inference_steps=8)
     same, worse = results["same"], results["damaged"]
     assert same["median"] == results["base"]["median"]
     assert (same["win_rate"], same["win_rate_low"], same["win_rate_high"], same["tie_rate"]) == (0.5, 0.5, 0.5, 1)
@@ -94,10 +103,8 @@ def test_itself_and_a_damaged_model(damaged, tmp_path):
     assert [row["seed"] for row in rows if row["model"] == "base"] == [str(i) for i in range(24)]
     text = (tmp_path / "results.md").read_text()
     assert f"| damaged | {worse['median']:.3f} (" in text
-    assert "| pickscore, win rate over | base | same | damaged |" in text
     assert worse["median_less_base_high"] < 0 and results["same"]["median_less_base_low"] == 0
     assert Image.open(tmp_path / "comparison-damaged.png").width == 2 * evaluate_smpo.THUMBNAIL
-    assert Image.open(tmp_path / "gaps.png").size == (720, 480)
     processor = json.loads((tmp_path / "results.json").read_text())["rewards"]["pickscore"]["image_processor"]
     assert processor["class"] in ("CLIPImageProcessorPil", "CLIPImageProcessor") and processor["resample"] == 3
     rows = [row for row in read_table(tmp_path / "results.csv") if row["opponent"]]
@@ -115,23 +122,21 @@ def test_every_way_to_name_a_model(damaged, lora_run, tmp_path):
         "checkpoint": lora_run / "checkpoint-12",
     }  # fmt: skip
     results = evaluate(
-        tmp_path / "out", models=[f"{name}={path}" for name, path in models.items()], dataset_name=None, split=None,
-        prompts_path=tmp_path / "prompts.txt", num_images_per_prompt=2, max_prompts=None, batch_size=3,
+        tmp_path / "out", models=[f"{name}={path}" for name, path in models.items()], batch_size=3,
+        prompts_path=tmp_path / "prompts.txt", num_images_per_prompt=2, max_prompts=None, num_inference_steps=4,
     )  # fmt: skip
     assert results["unet"]["mean"] == results["folder"]["mean"] != results["base"]["mean"]
     lora, file, checkpoint, base = (results[name]["mean"] for name in ("lora", "file", "checkpoint", "base"))
     assert lora == file == checkpoint != base
-    assert len(list((tmp_path / "out" / "images" / "base").iterdir())) == 4
+    assert len(images_in(tmp_path / "out")) == 6 * 4
 
 
 def test_images_do_not_depend_on_the_batch(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue cross\na square\n")
-    flags = {"dataset_name": None, "split": None, "prompts_path": tmp_path / "prompts.txt", "num_inference_steps": 4}
     images = []
     for batch_size in (1, 3):
-        folder = tmp_path / str(batch_size)
-        evaluate(folder, models=[f"same={TINY / 'sd15'}"], batch_size=batch_size, **flags)
-        images.append([np.array(Image.open(path), dtype=int) for path in sorted(folder.glob("images/base/*.png"))])
+        evaluate(tmp_path / str(batch_size), batch_size=batch_size, num_inference_steps=4)
+        paths = sorted((tmp_path / str(batch_size)).glob("images/base/*.png"))
+        images.append([np.array(Image.open(path), dtype=int) for path in paths])
     assert len(images[0]) == 3 and np.abs(np.stack(images[0]) - np.stack(images[1])).max() <= 1
 
 
@@ -142,31 +147,35 @@ def images_in(folder):
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("images/*/*.png")}
 
 
-def test_a_killed_run_goes_on_with_the_images_that_it_has(damaged, tmp_path):
-    flags = {"models": [f"damaged={damaged}"], "max_prompts": 32, "batch_size": 4}
-    whole = evaluate(tmp_path / "whole", **flags)
-    out = tmp_path / "out"
-    with ForkServer("evaluate_smpo", tmp_path / "log.txt") as server:
-        args = evaluation_flags(out, **flags)
-        for count in (6, 40):
-            server.start(args)
-            wait_for(lambda: len(images_in(out)) >= count)
-            server.end()
-            before = images_in(out)
-            assert count <= len(before) < 64
-            assert all(Image.open(out / path).size == (64, 64) for path in before)
-        assert server.run(args) == 0
-    assert before.items() <= images_in(out).items() and len(images_in(out)) == 64
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Runs in processes of their own."""
+    with ForkServer("evaluate_smpo", tmp_path_factory.mktemp("server") / "log.txt") as server:
+        yield server
+
+
+def test_a_killed_run_goes_on_with_the_images_that_it_has(damaged, tmp_path, server):
+    flags = {"models": f"damaged={damaged}", "max_prompts": 16, "batch_size": 2, "num_inference_steps": 6}
+    whole, out = evaluate(tmp_path / "whole", **flags), tmp_path / "out"
+    for count in (3, 20):
+        server.start(evaluation_flags(out, **flags))
+        wait_for(lambda: len(images_in(out)) >= count)
+        server.end()
+        before = images_in(out)
+        assert count <= len(before) < 32
+        assert all(Image.open(out / path).size == (64, 64) for path in before)
+    assert server.run(evaluation_flags(out, **flags)) == 0
+    assert before.items() <= images_in(out).items() and len(images_in(out)) == 32
     assert not list(out.rglob("*.tmp"))
     results = read_results(out)
-    assert results["damaged"]["win_rate"] == pytest.approx(whole["damaged"]["win_rate"], abs=0.02)
+    assert results["damaged"]["win_rate"] == pytest.approx(whole["damaged"]["win_rate"], abs=0.04)
     assert results["base"]["mean"] == pytest.approx(whole["base"]["mean"], abs=0.05)  # another batch, another last bit
 
 
 def test_images_of_something_else_are_not_mistaken(damaged, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(damaged, model)
-    flags = {"models": [f"mine={model}"], "max_prompts": 4, "num_inference_steps": 2}
+    flags = {"models": f"mine={model}", "max_prompts": 4}
     evaluate(tmp_path / "out", **flags)
     before = images_in(tmp_path / "out")
     for change, message in [
@@ -197,46 +206,36 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "record.json").read_text() == "old"
 
 
-def test_two_processes_share_the_work(damaged, tmp_path, monkeypatch):
-    flags = {"models": [f"damaged={damaged}"], "max_prompts": 9, "batch_size": 2, "num_inference_steps": 3}
+def test_two_processes_share_the_work(damaged, tmp_path, server):
+    flags = {"models": f"damaged={damaged}", "max_prompts": 9, "batch_size": 2}
     one = evaluate(tmp_path / "one", **flags)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    args = evaluation_flags(tmp_path / "two", **flags)
-    output = run_script(ROOT / "evaluate_smpo.py", *args, cwd=tmp_path, launcher=LAUNCH)
-    assert output.count("Images, scores and pictures are in") == 1
+    assert server.run(evaluation_flags(tmp_path / "two", **flags), **TWO_PROCESSES) == 0, server.output()
+    assert server.output().count("Images, scores and pictures are in") == 1
     two = read_results(tmp_path / "two")
     assert two["damaged"]["mean"] == pytest.approx(one["damaged"]["mean"], abs=0.05)
     assert images_in(tmp_path / "one").keys() == images_in(tmp_path / "two").keys()
-    # One process finds the scores of two in their order: it takes them, and another batch would give another last bit.
-    kept = [path.read_bytes() for path in sorted((tmp_path / "two" / "scores").iterdir())]
+    kept = [json.loads(path.read_text()) for path in sorted((tmp_path / "two" / "scores").iterdir())]
+    assert len({**kept[0], **kept[1]}) == 18 and min(map(len, kept)) >= 8
+    # One process finds the scores of two: it takes them, and another batch would give another last bit.
     assert evaluate(tmp_path / "two", **flags) == two
-    assert kept == [path.read_bytes() for path in sorted((tmp_path / "two" / "scores").iterdir())]
-    path = tmp_path / "two" / "scores" / "damaged.json"
-    kept = np.array(json.loads(path.read_text())["pickscore"]["scores"])
-    path.unlink()
-    evaluate(tmp_path / "two", **flags)
-    again = np.array(json.loads(path.read_text())["pickscore"]["scores"])
-    assert np.abs(kept[:, None] - again).argmin(axis=1).tolist() == list(range(9))
 
 
 def test_nothing_is_scored_twice_and_no_other_image_is_mistaken(tmp_path):
-    flags = {"models": [f"same={TINY / 'sd15'}"], "max_prompts": 3, "num_inference_steps": 2}
-    first = evaluate(tmp_path, **flags)
-    path = tmp_path / "scores" / "same.json"
+    first = evaluate(tmp_path)
+    path = tmp_path / "scores" / "0.json"
     kept = json.loads(path.read_text())
-    kept["pickscore"]["scores"] = [1.0, 2.0, 3.0]
+    kept.update({key: 2.0 for key in kept if key.startswith("images/same/")})
     path.write_text(json.dumps(kept))
-    more = evaluate(tmp_path, **flags, reward_model=[TINY / "pickscore", f"more={TINY / 'pickscore'}"])
-    assert more["same"]["mean"] == 2 and read_results(tmp_path, "more")["same"]["mean"] == first["same"]["mean"]
+    more = evaluate(tmp_path, reward_model=[TINY / "pickscore", f"more={TINY / 'pickscore'}"])
+    assert more["same"]["mean"] == read_results(tmp_path, "more")["same"]["mean"] == 2  # known by what it is
     shutil.rmtree(tmp_path / "images" / "same")  # they are drawn and scored again
-    assert evaluate(tmp_path, **flags)["same"]["mean"] == first["same"]["mean"]
+    assert evaluate(tmp_path)["same"]["mean"] == first["same"]["mean"]
 
 
 def test_the_best_checkpoint_of_a_run(lora_run, tmp_path):
-    results = evaluate(tmp_path / "out", run_dir=lora_run, max_prompts=6, num_inference_steps=3)
+    results = evaluate(tmp_path / "out", models=None, run_dir=lora_run, max_prompts=6)
     assert list(results) == ["base", "checkpoint-4", "checkpoint-8", "checkpoint-12"]
     assert results["checkpoint-12"]["mean"] != results["checkpoint-4"]["mean"]
-    assert Image.open(tmp_path / "out" / "checkpoints.png").size == (840, 480)
     best = json.loads((tmp_path / "out" / "results.json").read_text())["best"]
     assert best["win_rate"] == max(row["win_rate"] for name, row in results.items() if name != "base")
     assert best["model"] == f"checkpoint-{best['step']}" and 0 <= best["win_rate_on_other_half"] <= 1
@@ -265,13 +264,8 @@ def test_models_of_the_hub(damaged, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     commits = [push(tmp_path / "hub", "me/base", TINY / "sd15"), push(tmp_path / "hub", "me/unet", damaged / "unet")]
     reward = push(tmp_path / "hub", "me/pick", TINY / "pickscore")
-    other = shutil.copytree(TINY / "pickscore", tmp_path / "other")
-    (other / "preprocessor_config.json").write_text("{")
-    push(tmp_path / "hub", "me/pick", other)
-    flags = {
-        "pretrained_model_name_or_path": "me/base", "models": ["hub=me/unet", f"local={damaged}"], "max_prompts": 3,
-        "num_inference_steps": 2, "reward_model": "me/pick", "reward_model_revision": reward,
-    }  # fmt: skip
+    flags = {"pretrained_model_name_or_path": "me/base", "reward_model": "me/pick"}
+    flags["models"] = ["hub=me/unet", f"local={damaged}"]
     evaluate(tmp_path / "out", **flags)
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [record["models"][name] for name in ("base", "hub")] == [f"me/base@{commits[0]}", f"me/unet@{commits[1]}"]
@@ -308,8 +302,13 @@ def test_a_lora_of_the_hub_is_known_before_it_is_downloaded(tmp_path, monkeypatc
 
 
 def parsed(**flags):
-    flags = {"pretrained_model_name_or_path": "x", "models": [f"same={TINY / 'sd15'}"], "output_dir": "x", **flags}
+    flags = {"pretrained_model_name_or_path": "x", "models": SAME, "output_dir": "x", **flags}
     return parse_args(command_line(**flags))
+
+
+def prompts_of(**flags):
+    """`{prompt: group}` that flags name."""
+    return load_prompts(parsed(**flags))
 
 
 def test_prompts_in_every_format(tmp_path):
@@ -318,54 +317,54 @@ def test_prompts_in_every_format(tmp_path):
     for style in ("anime", "concept-art", "paintings", "photo"):
         hpd.append(tmp_path / f"{style}.json")
         hpd[-1].write_text(json.dumps([f"{style} one", f"{style} two", "the same in all"]))
-    prompts, groups = load_prompts(parsed(prompts_path=hpd))
-    assert prompts[:4] == ["anime one", "anime two", "the same in all", "concept-art one"] and len(prompts) == 9
-    assert groups == ["anime"] * 3 + ["concept-art"] * 2 + ["paintings"] * 2 + ["photo"] * 2
+    groups = prompts_of(prompts_path=hpd)
+    assert list(groups)[:4] == ["anime one", "anime two", "the same in all", "concept-art one"]
+    assert list(groups.values()) == ["anime"] * 3 + ["concept-art"] * 2 + ["paintings"] * 2 + ["photo"] * 2
 
     parti = tmp_path / "PartiPrompts.tsv"
     parti.write_text('Prompt\tCategory\tChallenge\tNote\na "red" bee\tAnimals\tBasic\t\na boat\tVehicles\tBasic\tx\n')
-    prompts, groups = load_prompts(parsed(prompts_path=parti, group_column="Category"))
-    assert (len(prompts), groups) == (2, ["Animals", "Vehicles"]) and prompts[1] == "a boat"
-    assert load_prompts(parsed(prompts_path=parti)) == (prompts, [None, None])
+    assert prompts_of(prompts_path=parti, group_column="Category") == {'a "red" bee': "Animals", "a boat": "Vehicles"}
+    assert prompts_of(prompts_path=parti) == {'a "red" bee': None, "a boat": None}
 
     for name, text in [("bom.txt", "a boat\n"), ("bom.csv", "caption\na boat\n"), ("bom.json", '["a boat"]')]:
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
-        assert load_prompts(parsed(prompts_path=tmp_path / name)) == (["a boat"], [None])
+        assert prompts_of(prompts_path=tmp_path / name) == {"a boat": None}
 
     rows = [{"caption": "a, b", "kind": 1}, {"caption": "c", "kind": 2}, {"caption": None, "kind": 2}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "rows.csv").write_text('caption,kind\n"a, b",1\nc,2\n')
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    for name in ("rows.json", "rows.csv", "rows.parquet"):
-        assert load_prompts(parsed(prompts_path=tmp_path / name, group_column="kind")) == (["a, b", "c"], ["1", "2"])
-    flags = {"dataset_name": tmp_path / "rows.parquet", "group_column": "kind", "max_prompts": 1}
-    assert load_prompts(parsed(**flags)) == (["a, b"], ["1"])
+    for name in ("rows.json", "rows.jsonl", "rows.csv", "rows.parquet"):
+        assert prompts_of(prompts_path=tmp_path / name, group_column="kind") == {"a, b": "1", "c": "2"}
+    assert prompts_of(dataset_name=tmp_path / "rows.parquet", group_column="kind", max_prompts=1) == {"a, b": "1"}
 
-    (tmp_path / "bad.json").write_text('{"a": 1}')
-    (tmp_path / "mixed.json").write_text('["a", {"caption": "b"}]')
-    (tmp_path / "half.json").write_text('["a", ')
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "empty.csv").write_text("caption,kind\n")
-    (tmp_path / "latin.txt").write_bytes("une fiancée".encode("latin-1"))
-    (tmp_path / "number.json").write_text('[{"caption": 7}]')
-    for flags, message in [
-        ({"prompts_path": tmp_path / "bad.json"}, "bad.json cannot be loaded: it holds no list of prompts"),
-        ({"prompts_path": tmp_path / "mixed.json"}, "mixed.json cannot be loaded: it holds no list of prompts"),
-        ({"prompts_path": tmp_path / "half.json"}, "half.json cannot be loaded"),
-        ({"prompts_path": tmp_path / "empty.txt"}, "There are no prompts in .*empty.txt"),
-        ({"prompts_path": tmp_path / "empty.csv"}, "There are no prompts in .*empty.csv"),
-        ({"prompts_path": tmp_path / "latin.txt"}, "(?s)latin.txt cannot be loaded: 'utf-8' codec .*UTF-8: txt"),
-        ({"prompts_path": tmp_path / "number.json"}, "--caption_column caption holds 7, which is no text"),
-        (
-            {"prompts_path": hpd, "group_column": "kind"},
-            "anime.json .* no column for --group_column kind, but caption",
-        ),
-        ({"prompts_path": tmp_path / "rows.csv", "caption_column": "text"}, "no column for --caption_column text"),
-        ({"prompts_path": parti, "group_column": "Style"}, "no column for --group_column Style, but Prompt, Category"),
-        ({"dataset_name": tmp_path / "rows.parquet", "group_column": "x"}, "no column for --group_column x"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            load_prompts(parsed(**flags))
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("bad.json", '{"a": 1}', "bad.json cannot be loaded: "),
+        ("mixed.json", '["a", {"caption": "b"}]', "--caption_column caption holds {'caption': 'b'}, which is no text"),
+        ("half.json", '["a", ', "half.json cannot be loaded: "),
+        ("half.jsonl", '{"caption": "a"}\n{"caption', "half.jsonl cannot be loaded: "),
+        ("empty.txt", "\n", "There are no prompts in .*empty.txt"),
+        ("empty.csv", "caption,kind\n", "There are no prompts in .*empty.csv"),
+        ("nothing.csv", "", "nothing.csv cannot be loaded: "),
+        ("latin.txt", "une fianc\udce9e", "(?s)latin.txt cannot be loaded: 'utf-8' codec .*UTF-8: txt"),
+        ("number.json", '[{"caption": 7}]', "--caption_column caption holds 7, which is no text"),
+        ("text.csv", "text,kind\na,b\n", "text.csv .* no column for --caption_column caption, but text, kind"),
+        ("style.tsv", "Prompt\tkind\na\tb\n", None),
+        ("style.tsv", "Prompt\tcolor\na\tb\n", "no column for --group_column kind, but Prompt, color"),
+    ],
+)
+def test_bad_prompts_are_named(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text, errors="surrogateescape")
+    flags = {"prompts_path": tmp_path / name, "group_column": "kind" if name == "style.tsv" else None}
+    if message is None:
+        assert prompts_of(**flags) == {"a": "b"}
+    else:
+        with pytest.raises(UserError, match=message):
+            prompts_of(**flags)
 
 
 def test_of_a_data_set_one_column_of_one_split_is_read(tmp_path):
@@ -381,10 +380,12 @@ def test_of_a_data_set_one_column_of_one_split_is_read(tmp_path):
                 data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
         path.write_bytes(data)
     flags = {"split": "test", "max_prompts": 5, "group_column": "model_0"}
-    found = load_prompts(parsed(dataset_name=folder, **flags))
-    assert found == load_prompts(parsed(dataset_name=TINY / "pairs", **flags)) and len(found[0]) == 5
+    found = prompts_of(dataset_name=folder, **flags)
+    assert found == prompts_of(dataset_name=TINY / "pairs", **flags) and len(found) == 5
     with pytest.raises(UserError, match="(?s)--dataset_split_name validation cannot be loaded: .*validation"):
-        load_prompts(parsed(dataset_name=TINY / "pairs", split="validation"))
+        prompts_of(dataset_name=TINY / "pairs", split="validation")
+    with pytest.raises(UserError, match="no column for --group_column x"):
+        prompts_of(dataset_name=TINY / "pairs", split="test", group_column="x")
 
 
 def test_tables_are_safe_to_open(damaged, tmp_path):
@@ -392,8 +393,7 @@ def test_tables_are_safe_to_open(damaged, tmp_path):
     rows = [{"caption": "=1+1", "kind": "<img src=x onerror=alert(1)>|*a*"}, {"caption": "-2", "kind": "@b"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     evaluate(
-        tmp_path / "out", models=[f"damaged={damaged}"], dataset_name=None, split=None, group_column="kind",
-        prompts_path=tmp_path / "rows.json", num_inference_steps=2,
+        tmp_path / "out", models=f"damaged={damaged}", group_column="kind", prompts_path=tmp_path / "rows.json",
     )  # fmt: skip
     text = (tmp_path / "out" / "results.md").read_text()
     assert r"&lt;img src=x onerror=alert(1)&gt;\|\*a\* prompts (1, too few prompts" in text and "<img" not in text
@@ -401,16 +401,71 @@ def test_tables_are_safe_to_open(damaged, tmp_path):
     assert cells[:2] == [("'=1+1", rows[0]["kind"]), ("'-2", "'@b")]
 
 
+class Tags(HTMLParser):
+    """The tags of a page, each with its attributes and the text after it."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append([tag, dict(attributes), ""])
+
+    def handle_data(self, data):
+        if self.found:
+            self.found[-1][2] += data
+
+    def of(self, tag):
+        return [(attributes, text.strip()) for name, attributes, text in self.found if name == tag]
+
+
+def test_gallery(damaged, tmp_path):
+    """What it shows of whom; nothing of a prompt or group becomes a tag; gains are those of the table."""
+    evil = '</td><script>alert(1)</script>"'
+    rows = [{"caption": evil, "kind": '"><img src=x>'}, {"caption": "a red circle", "kind": "b"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = {"group_column": "kind", "prompts_path": tmp_path / "rows.json", "num_images_per_prompt": 2}
+    results = evaluate(tmp_path / "out", models=[SAME, f"damaged={damaged}"], **flags)
+    tags = Tags((tmp_path / "out" / "gallery.html").read_text())
+    assert len(tags.of("script")) == 1 and len(tags.of("img")) == len(tags.of("a")) == 3 * 2 * 2
+    scores = read_table(tmp_path / "out" / "scores.csv")
+    score_of = {row["image"]: float(row["pickscore"]) for row in scores}
+    assert {attributes["src"] for attributes, _ in tags.of("img")} == score_of.keys()
+    assert all(attributes["loading"] == "lazy" for attributes, _ in tags.of("img"))
+    assert [text for _, text in tags.of("option")][:3] == ["all groups", rows[0]["kind"], "b"]
+    prompts = [text for _, text in tags.of("td") if text]
+    assert prompts == [evil, "a red circle"] and [text for _, text in tags.of("th")] == ["prompt", *results]
+    for (attributes, _), (_, text) in zip(tags.of("img"), tags.of("div")):
+        *others, score = sorted(score_of[path] for path in score_of if path[-11:] == attributes["src"][-11:])
+        own = score_of[attributes["src"]]
+        assert text.split() == ["pickscore", f"{own:.3f}", *["★"] * (own == score)]
+    gains = np.array([json.loads(attributes["data-gains"]) for attributes, _ in tags.of("tr")[1:]])
+    less_base = [results[name]["mean"] - results["base"]["mean"] for name in ("same", "damaged")]
+    assert gains.mean(axis=0) == pytest.approx(less_base)
+
+
+def test_a_gallery_of_many_prompts_does_not_take_long(tmp_path):
+    jobs = [
+        (name, f"prompt {i}", "ab"[i % 2], seed, f"images/{name}/{i:05d}_{seed}.png", float(i))
+        for name, i, seed in itertools.product(("base", "one", "two"), range(2000), (0, 1))
+    ]
+    table, start = pd.DataFrame(jobs, columns=[*evaluate_smpo.Job._fields, "pick"]), time.monotonic()
+    evaluate_smpo.write_gallery(table, ["pick"], argparse.Namespace(output_dir=tmp_path))
+    assert (tmp_path / "gallery.html").stat().st_size < 5e6 and time.monotonic() - start < 60
+
+
 def test_a_score_that_is_no_number_is_refused(tmp_path):
     reward = shutil.copytree(TINY / "pickscore", tmp_path / "reward")
     weights = load_file(reward / "model.safetensors")
     weights["visual_projection.weight"][0, 0] = math.nan
     save_file(weights, reward / "model.safetensors", {"format": "pt"})
-    flags = {"models": [f"same={TINY / 'sd15'}"], "max_prompts": 2, "num_inference_steps": 2}
     with pytest.raises(UserError, match="broken gives nan to .*images/base/00000_0.png"):
-        evaluate(tmp_path / "out", **flags, reward_model=f"broken={reward}")
-    assert len(images_in(tmp_path / "out")) == 4
-    evaluate(tmp_path / "out", **flags)
+        evaluate(tmp_path, reward_model=f"broken={reward}")
+    before = images_in(tmp_path)
+    assert len(before) == 3
+    evaluate(tmp_path)
+    assert before.items() <= images_in(tmp_path).items()
 
 
 def test_several_rewards_and_groups(damaged, tmp_path):
@@ -422,8 +477,8 @@ def test_several_rewards_and_groups(damaged, tmp_path):
         weights.update({f"layers.{number}.{name}": value for name, value in layer.state_dict().items()})
     torch.save(weights, tmp_path / "head.pth")
     results = evaluate(
-        tmp_path / "out", models=[f"damaged={damaged}"], group_column="model_0",
-        reward_model=[f"one={TINY / 'pickscore'}", TINY / "pickscore"], max_prompts=12, num_inference_steps=3,
+        tmp_path / "out", models=f"damaged={damaged}", group_column="model_0", max_prompts=12,
+        reward_model=[f"one={TINY / 'pickscore'}", TINY / "pickscore"],
         aesthetic_head=tmp_path / "head.pth", aesthetic_clip=TINY / "pickscore",
     )  # fmt: skip
     again = read_results(tmp_path / "out", "one")
@@ -433,10 +488,10 @@ def test_several_rewards_and_groups(damaged, tmp_path):
     counts = [read_results(tmp_path / "out", group=group)["base"]["num_prompts"] for group in groups - {"all"}]
     assert sum(counts) == 12
 
-    weights["layers.9.weight"] = weights.pop("layers.7.weight")  # with ReLUs, layers have other numbers
+    weights["layers.8.weight"] = weights.pop("layers.7.weight")  # with ReLUs, layers have other numbers
     torch.save(weights, tmp_path / "relu.pth")
-    with pytest.raises(ValueError, match="relu.pth cannot be loaded: it holds .*layers.9.weight"):
-        evaluate_smpo.load_aesthetic_head(str(tmp_path / "relu.pth"))
+    with pytest.raises(UserError, match="(?s)relu.pth cannot be loaded: 'layers.7.weight'.*of layers.0, layers.2"):
+        evaluate(tmp_path / "relu", aesthetic_head=tmp_path / "relu.pth")
 
     model = CLIPModel.from_pretrained(TINY / "pickscore").float()
     processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
@@ -474,25 +529,23 @@ def test_interval_of_what_is_wholly_won_or_lost():
     """Wilson's interval ends where the score test of that rate gives z: |rate - end| = z sqrt(end (1 - end) / n)."""
     for images, num_won, count in itertools.product((1, 3), (0, 1, 12, 24), (24, 500)):
         values = np.repeat(np.arange(count) < num_won, images).reshape(count, images).astype(float)
-        ends = win_intervals(values.mean(axis=1, keepdims=True), resample_prompts(count, 0))[:, 0]
+        ends = win_interval(values.mean(axis=1), resample_prompts(count, 0))
         rounding = 1e-12 * np.array([-1, 1])  # float64, of numbers below 1
         assert 0 <= ends[0] < ends[1] <= 1 and ends[0] + rounding[0] < num_won / count < ends[1] + rounding[1]
         for end in ends:
             if 1e-9 < end < 1 - 1e-9:
                 z = abs(num_won / count - end) / np.sqrt(end * (1 - end) / count)
                 assert z == pytest.approx(1.9599639845400545, rel=1e-9)  # float64, after a difference and a root
-    assert win_intervals(np.ones((24, 1)), resample_prompts(24, 0))[0] == pytest.approx(
-        24 / (24 + 1.959964**2), abs=1e-6
-    )
+    assert win_interval(np.ones(24), resample_prompts(24, 0))[0] == pytest.approx(24 / (24 + 1.959964**2), abs=1e-6)
 
 
 def test_interval_is_the_normal_one_for_many_prompts():
-    rates = np.random.default_rng(0).choice([0, 0.5, 1], size=(2000, 1), p=[0.3, 0.2, 0.5])
-    low, high = win_intervals(rates, resample_prompts(2000, 0))[:, 0]
+    rates = np.random.default_rng(0).choice([0, 0.5, 1], size=2000, p=[0.3, 0.2, 0.5])
+    low, high = win_interval(rates, resample_prompts(2000, 0))
     mean, error = rates.mean(), rates.std() / np.sqrt(2000)
-    # A quantile of 10,000 normal draws has a standard error of 0.027 of theirs; five of them.
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.135 * error)
-    assert high == pytest.approx(mean + 1.96 * error, abs=0.135 * error)
+    # A quantile of 4,000 normal draws has a standard error of 0.042 of theirs; five of them.
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.21 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.21 * error)
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -505,7 +558,7 @@ def test_medians_of_resamples_are_binomial(images):
     medians = evaluate_smpo.resampled_medians(np.repeat(values[:, None], images, axis=1), resample_prompts(25, 0))
     for k in range(1, 26):
         exact = sum(math.comb(25, j) * (k / 25) ** j * (1 - k / 25) ** (25 - j) for j in range(13, 26))
-        assert (medians <= k - 1).mean() == pytest.approx(exact, abs=5 * 0.5 / math.sqrt(10_000))  # 5 standard errors
+        assert (medians <= k - 1).mean() == pytest.approx(exact, abs=5 * 0.5 / math.sqrt(4_000))  # 5 standard errors
 
 
 def test_the_best_on_the_other_half_is_the_mean_over_all_halves():
@@ -531,14 +584,16 @@ def test_many_checkpoints_do_not_take_long():
 # Mistakes
 
 
-def test_a_mistake_is_said_alone_and_before_anything_else(tmp_path):
-    args = [sys.executable, ROOT / "evaluate_smpo.py", *evaluation_flags(tmp_path / "out", resolution=63)]
-    done = subprocess.run([str(arg) for arg in args], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines()[-2:] == [
+def test_a_mistake_is_said_alone_and_before_anything_else(tmp_path, monkeypatch, capsys):
+    script = ROOT / "evaluate_smpo.py"
+    flags = evaluation_flags(tmp_path / "out", resolution=63, models=None, max_prompts=None)
+    monkeypatch.setattr(sys, "argv", [str(script), *flags])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().err.splitlines() == [
         "evaluate_smpo.py: --resolution must be a multiple of 8, the VAE's factor, got 63.",
-        "Give tuned models with --models, or the folder of a run with --run_dir.",
+        "Give tuned models with --models, or a run with --run_dir.",
     ]
-    assert "Traceback" not in done.stderr
 
 
 def test_names_and_paths(tmp_path, monkeypatch, capsys):
@@ -549,13 +604,13 @@ def test_names_and_paths(tmp_path, monkeypatch, capsys):
         output_dir="~/out", reward_model="~/pick", pretrained_model_name_or_path="~/base",
     )  # fmt: skip
     assert args.models["smpo"] == f"{tmp_path}/runs/lr=1e-5/checkpoint-50"
-    assert args.reward_model == {"pick": f"{tmp_path}/pick"} and args.reward_processor == [f"{tmp_path}/pick"]
+    assert args.reward_model == {"pick": f"{tmp_path}/pick"}
     with pytest.raises(UserError, match="--output_dir .*demo.jpg is a file"):
         parsed(output_dir=TINY / "demo.jpg", dataset_name="x")
     reward = shutil.copytree(TINY / "pickscore", tmp_path / "reward")
     (reward / "model.safetensors").write_bytes((reward / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(UserError, match="--reward_model .*reward cannot be loaded: SafetensorError"):
-        evaluate(tmp_path / "out", models=f"same={TINY / 'sd15'}", reward_model=reward)
+    with pytest.raises(UserError, match="--reward_model .*reward cannot be loaded: Error while deserializing header"):
+        evaluate(tmp_path / "out", reward_model=reward)
     with pytest.raises(SystemExit):
         parsed(num_inference_steps=0)
     assert "--num_inference_steps: must be positive, got 0" in capsys.readouterr().err
@@ -570,15 +625,18 @@ def test_a_comparison_is_of_thumbnails():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"dataset_name": None}, "one of --prompts_path and --dataset_name"),
-        ({"dataset_name": None, "prompts_path": "/no/prompts.txt"}, "--prompts_path /no/prompts.txt is not a file"),
-        ({"dataset_name": None, "prompts_path": TINY / "demo.jpg"}, "demo.jpg must end in .txt, .json, .csv"),
-        ({"models": None}, "Give tuned models with --models, or the folder of a run with --run_dir"),
+        ({"dataset_name": None}, "Give one of --prompts_path and --dataset_name"),
+        ({"dataset_name": ""}, "--dataset_name is empty. Is a variable of the shell not set?"),
+        ({"prompts_path": "/no/prompts.txt"}, "--prompts_path /no/prompts.txt is not a file"),
+        ({"prompts_path": TINY / "demo.jpg"}, "demo.jpg is not a file that ends in .txt, .json, .jsonl, .csv"),
+        ({"models": None}, "Give tuned models with --models, or a run with --run_dir"),
         ({"reward_model": ["a/x", "b/x"]}, "--reward_model b/x: 'x' cannot name it"),
-        ({"reward_processor": ["a", "b"]}, "--reward_processor has 2 values for 1 reward models"),
-        ({"aesthetic_head": "/no/head.pth"}, "--aesthetic_head /no/head.pth is not a file"),
-        ({"aesthetic_head": TINY / "demo.jpg"}, "(?s)--aesthetic_head .*demo.jpg cannot be loaded.*N of 0, 2"),
-        ({"aesthetic_clip": "x"}, "--aesthetic_clip does nothing without --aesthetic_head"),
+        ({"reward_model": "seed=x"}, "--reward_model seed=x: 'seed' cannot name it"),
+        ({"aesthetic_head": "/no/head.pth"}, "(?s)--aesthetic_head /no/head.pth cannot be loaded: .*No such file"),
+        (
+            {"aesthetic_head": TINY / "demo.jpg"},
+            "(?s)--aesthetic_head .*demo.jpg cannot be loaded.*of layers.0, layers.2",
+        ),
         ({"models": ["base=x"]}, "'base' cannot name it"),
         ({"models": ["a=x", "a=y"]}, "'a' cannot name it"),
         ({"models": ["mine=/no/such"]}, "(?s)--models /no/such cannot be loaded.*a file or folder that exists"),
@@ -591,10 +649,59 @@ def test_a_comparison_is_of_thumbnails():
         ({"reward_model": "no/such"}, "--reward_model no/such cannot be loaded"),
         ({"caption_column": "text"}, "--caption_column text"),
         ({"guidance_scale": math.inf}, "--guidance_scale must be finite, got inf"),
+        ({"pairs_path": "x.parquet", "models": None}, "--pairs_path needs two images of a prompt: give --num_images"),
+        ({"pairs_path": "pairs.csv"}, "--pairs_path pairs.csv must end in .parquet"),
+        ({"score_range": [1, 0]}, "--score_range must be a MIN and a larger MAX, got 1.0 0.0"),
         ({"seed": -1}, "--seed must not be negative, got -1"),
         ({"reward_model": TINY / "sd15" / "text_encoder"}, "not a CLIP-style model"),
     ],
 )
 def test_bad_input_is_named(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        evaluate(tmp_path, **{"models": [f"same={TINY / 'sd15'}"], **flags})
+        evaluate(tmp_path, **flags)
+
+
+# Pairs
+
+
+def test_pairs_are_what_training_takes(damaged, tmp_path):
+    """Two models, two images a prompt, two rewards: columns, labels in closed form, and two steps on them."""
+    pairs = tmp_path / "pairs.parquet"
+    rewards = [TINY / "pickscore", f"other={TINY / 'pickscore'}"]
+    flags = {"models": f"damaged={damaged}", "num_images_per_prompt": 2, "pairs_path": pairs, "reward_model": rewards}
+    evaluate(tmp_path / "out", **flags, pairs="all", score_range=[-0.5, 0.5])
+    rows, scores = pq.read_table(pairs).to_pylist(), read_table(tmp_path / "out" / "scores.csv")
+    score_of = {(row["prompt"], row["model"], row["seed"]): float(row["pickscore"]) for row in scores}
+    file_of = {(row["prompt"], row["model"], row["seed"]): tmp_path / "out" / row["image"] for row in scores}
+    assert len(rows) == 3 * 6 == len({row["ranking_id"] for row in rows})  # 4 choose 2
+    for row in rows:
+        keys = [(row["caption"], row[f"model_{i}"], str(row[f"seed_{i}"])) for i in (0, 1)]
+        first, second = (score_of[key] for key in keys)
+        assert (row["score_0_pickscore"], row["score_1_pickscore"], row["score_0_other"]) == (first, second, first)
+        assert row["soft_label_0"] == pytest.approx(1 / (1 + math.exp((second - first) / 100)), rel=1e-12)
+        assert (row["label_0"], row["label_1"]) == (float(first > second), float(second > first))
+        assert [row["jpg_0"], row["jpg_1"]] == [file_of[key].read_bytes() for key in keys]
+        assert [row["image_0_uid"], row["image_1_uid"]] == [
+            hashlib.sha256(row[name]).hexdigest() for name in ("jpg_0", "jpg_1")
+        ]
+    assert 0 < sum(row["label_0"] for row in rows) < 18  # the order says nothing
+    assert len(train(tmp_path / "trained", dataset_name=pairs, noising="forward", rank=2)["loss"]) == 2
+
+    evaluate(tmp_path / "out", **flags)
+    again = pq.read_table(pairs).to_pylist()
+    assert [row["caption"] for row in again] == list(dict.fromkeys(row["caption"] for row in rows))
+    for row in again:
+        of_prompt = [score for (prompt, *_), score in score_of.items() if prompt == row["caption"]]
+        assert {row["score_0_pickscore"], row["score_1_pickscore"]} == {min(of_prompt), max(of_prompt)}
+        gap = row["score_0_pickscore"] - row["score_1_pickscore"]
+        published = 0.28201571106910706 - 0.11543526500463486
+        assert row["soft_label_0"] == pytest.approx(1 / (1 + math.exp(-gap / 100 / published)), rel=1e-9)
+
+
+def test_pairs_of_the_base_alone_and_of_images_that_do_not_differ(tmp_path):
+    pairs = tmp_path / "pairs.parquet"
+    assert list(evaluate(tmp_path / "out", models=None, num_images_per_prompt=2, pairs_path=pairs)) == ["base"]
+    assert len(pq.read_table(pairs)) == 3
+    with pytest.raises(UserError, match="--pairs_path .*stays unwritten: of no prompt do two images differ"):
+        evaluate(tmp_path / "same", pairs_path=tmp_path / "none.parquet")
+    assert not (tmp_path / "none.parquet").exists() and (tmp_path / "same" / "results.md").is_file()

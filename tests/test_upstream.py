@@ -39,7 +39,7 @@ ARGUMENTS = """
     no_hflip
 """.split()
 # Packages that requirements.txt brings without naming them, and those that a flag asks for.
-BROUGHT = {"huggingface_hub", "fsspec", "filelock", "pandas"}
+BROUGHT = {"huggingface_hub", "fsspec", "filelock", "jinja2", "pandas"}
 OPTIONAL = {"wandb", "bitsandbytes"}
 TESTS = "test_smpo_diffusion.py"
 
