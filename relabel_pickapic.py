@@ -615,7 +615,7 @@ def find_reward(name, path, revision=None):
 
 
 def load_rewards(sources, device, dtype):
-    """`{name: Scorer}` of what `find_reward` gives; raises `UserError` if one cannot be loaded, or is of another kind."""
+    """`{name: Scorer}` of what `find_reward` gives; raises `UserError` if one cannot be loaded."""
     scorers = {}
     for source in sources:
         reward, path = REWARDS.get(source["name"], Reward()), source["reward_model"]

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, TINY, relabel
+from PIL import Image
 from random_checkpoint import TEXTS, images, tensor
+from test_evaluate import evaluate, read_table
 from transformers import (
     BertConfig,
     BertTokenizer,
@@ -22,10 +24,11 @@ from transformers import (
     CLIPImageProcessor,
 )
 
+import evaluate_smpo
 import relabel_pickapic as script
 
 
-SCRIPTS = [script]
+SCRIPTS = [script, evaluate_smpo]
 ORIGINALS = ROOT / "tests" / "originals"
 REFERENCE = json.loads((ORIGINALS / "reference.json").read_text())
 
@@ -120,6 +123,27 @@ def test_labels_of_all_published_rewards(small, tmp_path):
     by_path = pq.read_table(tmp_path / "path.parquet")
     assert by_path["score_0"].equals(labels["score_0_pickscore"])
     assert json.loads(by_path.schema.metadata[b"smpo_labels"])["rewards"][0]["range_from"] == "the scores"
+
+
+def test_an_evaluation_by_all_published_rewards(small, tmp_path):
+    """Scores of images, times 100 where they are cosines, and pairs labelled by a reward that is none."""
+    pairs, names = tmp_path / "pairs.parquet", sorted(script.REWARDS, key=lambda name: name != "imagereward")
+    flags = {"reward_model": names, "models": None, "num_images_per_prompt": 2, "score_range": [-1.5, 2.5]}
+    evaluate(tmp_path, **flags, max_prompts=2, pairs_path=pairs)
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert {name: record["rewards"][name]["revision"] for name in names} == {
+        name: reward.revision for name, reward in script.REWARDS.items()
+    }
+    rows = read_table(tmp_path / "scores.csv")
+    scorers = script.load_rewards([script.find_reward(name, name) for name in names], "cpu", "float32")
+    for name, scorer in scorers.items():
+        files = [Image.open(tmp_path / row["image"]).convert("RGB") for row in rows]
+        pixels = torch.cat([scorer.image_processor(image, return_tensors="pt")["pixel_values"] for image in files])
+        scores = script.REWARDS[name].scale * scorer.score(pixels, [row["prompt"] for row in rows])
+        np.testing.assert_allclose([float(row[name]) for row in rows], scores, rtol=0, atol=1e-4)
+    for pair in pq.read_table(pairs).to_pylist():
+        gap = pair["score_0_imagereward"] - pair["score_1_imagereward"]
+        assert pair["soft_label_0"] == pytest.approx(1 / (1 + np.exp(-gap / 4)), abs=1e-6)
 
 
 def test_a_published_reward_from_a_folder_or_file(cache, small, tmp_path):
