@@ -41,6 +41,7 @@ prompts, too. With --run_dir every checkpoint of a run is a model, and the best 
     gallery.html                   all of them with their scores, to be sorted and filtered in a browser
     scores.csv                     their rewards, a line an image; scores/ keeps them, so that none is scored twice
     results.csv, .json, .md        medians, means, win rates of every model over every other, and the best checkpoint
+    blind/index.html               with --blind, a page on which people vote; --votes counts them
     --pairs_path                   the images as preference pairs, labelled by the first reward, to train on
 
 The same command, started again, draws and scores only what is not there yet. With `accelerate launch` several
@@ -56,6 +57,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import textwrap
 from collections import OrderedDict, defaultdict
@@ -889,14 +891,18 @@ def write_results(table, sources, scorers, args):
     for reward, (name, rows) in itertools.product(scorers, table.groupby("model", sort=False)):
         scores[reward][name] = rows[reward].to_numpy().reshape(len(groups), -1)
     results, duels = summarise(scores, groups, args.seed)
-    record, text = {"results": results, "win_rates": duels}, as_markdown(results, duels)
+    votes = count_votes(table, args)
+    record, text = {"results": results, "win_rates": duels + votes}, as_markdown(results, duels)
+    for row in votes:
+        win_rate, ties = with_ends(row, "win_rate", ".1%"), f"{row['tie_rate']:.1%}"
+        text += f"\n{row['num_votes']} votes: **{row['model']}** wins over the base {win_rate}, ties {ties}\n"
     if args.steps:
         record["best"], sentence = name_best(scores, duels, args)
         text = f"{sentence}\n\n{text}"
     record["models"] = {name: source.identity for name, source in sources.items()}
     record["rewards"] = {reward: scorer.source for reward, scorer in scorers.items()}
     write_csv(folder / "scores.csv", table)
-    write_csv(folder / "results.csv", pd.DataFrame(results + duels))
+    write_csv(folder / "results.csv", pd.DataFrame(results + record["win_rates"]))
     save_text(folder / "results.json", json.dumps({**record, "args": vars(args)}, indent=2))
     save_text(folder / "results.md", text)
     for name in args.models:
@@ -957,6 +963,74 @@ def write_gallery(table, rewards, args):
     groups, template = table["group"].dropna().unique(), jinja2.Environment(autoescape=True).from_string(GALLERY)
     page = template.render(models=models, rewards=rewards, rows=rows, groups=groups, gains=gains)
     save_text(Path(args.output_dir) / "gallery.html", page)
+
+
+BLIND = """<!doctype html>
+<meta charset="utf-8">
+<title>Which is better?</title>
+<style>body { font: 18px sans-serif; text-align: center } img { max-width: 48%; max-height: 75vh }</style>
+<p id="prompt"></p>
+<p><img id="left" alt="1"> <img id="right" alt="2"></p>
+<p>Press 1 for the left, 2 for the right, 0 for neither. <span id="progress"></span>
+<a id="save" download="votes.json" href="#">Download votes.json</a></p>
+<script>
+const duels = {{ duels | tojson }}, key = {{ key | tojson }}, votes = JSON.parse(localStorage.getItem(key) || "[]")
+const [prompt, left, right, progress, save] = ["prompt", "left", "right", "progress", "save"].map(id =>
+  document.getElementById(id))
+const show = () => {
+  const duel = duels[votes.length] || { prompt: "That was the last one. Download the votes.", left: "", right: "" }
+  prompt.textContent = duel.prompt
+  left.src = duel.left
+  right.src = duel.right
+  progress.textContent = `${votes.length} of ${duels.length}`
+  save.href = "data:application/json," + encodeURIComponent(JSON.stringify(votes))
+}
+document.onkeydown = event => {
+  if (!"012".includes(event.key) || votes.length === duels.length) return
+  const { left, right } = duels[votes.length]
+  votes.push({ left, right, vote: Number(event.key) })
+  localStorage.setItem(key, JSON.stringify(votes))  // a closed page goes on where it was
+  show()
+}
+show()
+</script>
+"""
+
+
+def blind_name(image):
+    return f"{digest(image)}.png"
+
+
+def write_blind(table, args):
+    """Fills blind/, which can be handed on: a page with base and tuned image of a seed side by side, without names."""
+    folder, rng, duels = Path(args.output_dir) / "blind", np.random.default_rng(args.seed), []
+    folder.mkdir(exist_ok=True)
+    base = table[table["model"] == "base"].set_index("seed")["image"]
+    for job in table.itertuples():
+        shutil.copyfile(folder.parent / job.image, folder / blind_name(job.image))
+        left, right = rng.permutation([job.image, base[job.seed]])
+        if job.model != "base":
+            duels.append({"prompt": job.prompt, "left": blind_name(left), "right": blind_name(right)})
+    rng.shuffle(duels)
+    page = jinja2.Environment(autoescape=True).from_string(BLIND).render(duels=duels, key=digest(duels))
+    save_text(folder / "index.html", page)
+
+
+def count_votes(table, args):
+    """Win rates over the base by --votes, rows as `summarise` has of duels; a person's every vote counts."""
+    jobs, won, rows = {blind_name(job.image): job for job in table.itertuples()}, [], []
+    for path in args.votes or []:
+        with explain_errors("votes", path, "what the page of --blind in this --output_dir has made"):
+            for vote in json.loads(Path(path).read_text()):
+                sides = [jobs[vote["left"]], jobs[vote["right"]]]
+                tuned = int(sides[0].model == "base")  # the number of its side
+                won.append([sides[tuned].model, sides[tuned].prompt, {0: 0.5, 1: 1 - tuned, 2: tuned}[vote["vote"]]])
+    for model, votes in pd.DataFrame(won, columns=["model", "prompt", "won"]).groupby("model", sort=False):
+        rates = votes.groupby("prompt")["won"].mean().to_numpy()
+        row = {"reward": "votes", "group": ALL, "model": model, "opponent": "base", "num_votes": len(votes)}
+        ends = win_interval(rates, resample_prompts(len(rates), args.seed))
+        rows.append(row | with_interval("win_rate", rates.mean(), ends) | {"tie_rate": (votes["won"] == 0.5).mean()})
+    return rows
 
 
 # ---- Pairs to train on ----------------------------------------------------------------------------------------------
@@ -1049,11 +1123,11 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", **path, required=True, help="Folder for images, scores and tables.")
+    add("--blind", action="store_true", help="Also makes blind/index.html, a page on which people vote by keys.")
+    add("--votes", **path, nargs="+", help="Files that this page has made: their win rates stand beside the rewards'.")
     add("--pairs_path", **path, help="Also writes the images as preference pairs to train on, a Parquet file.")
     add("--pairs", choices=["best_worst", "all"], default="best_worst", help="Which two images of a prompt to pair.")
-    text = (
-        "Range of the first reward, a cosine not times 100, for soft labels. Default: the published one of pickscore."
-    )
+    text = "Range of the first reward, a cosine not times 100, for soft labels. Default: PickScore's published one."
     add("--score_range", nargs=2, type=float, metavar=("MIN", "MAX"), help=text)
 
     args = parser.parse_args(input_args)
@@ -1092,7 +1166,7 @@ def resolve(args):
         (args.seed < 0, f"--seed must not be negative, got {args.seed}."),
         (args.resolution % 8, f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}."),
         (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file: name a folder."),
-        (base_alone and not pairs, "Give tuned models with --models, or a run with --run_dir."),
+        (base_alone and (args.blind or not pairs), "Give tuned models with --models, or a run with --run_dir."),
         (run and not steps, f"--run_dir {run} has no folders named checkpoint-STEP."),
         (
             pairs and base_alone and args.num_images_per_prompt < 2,
@@ -1115,7 +1189,8 @@ def resolve(args):
     problems = [sentence for wrong, sentence in checks if wrong]
     args.steps = {f"checkpoint-{step}": step for step in steps}
     args.models = named_sources(args.models, "models", ["base", *args.steps], problems)
-    args.reward_model = named_sources(args.reward_model, "reward_model", ["best", "uid", *Job._fields], problems)
+    taken = ["best", "uid", "votes", *Job._fields]
+    args.reward_model = named_sources(args.reward_model, "reward_model", taken, problems)
     first = next(iter(args.reward_model))
     args.score_range = args.score_range or REWARDS.get(first, REWARDS["pickscore"]).label_range
     if pairs and args.score_range is None:
@@ -1149,6 +1224,8 @@ def main(args):
         table = collect_scores(jobs, scorers, args)
         print(write_results(table, sources, scorers, args))
         write_gallery(table, list(scorers), args)
+        if args.blind:
+            write_blind(table, args)
         if args.pairs_path is not None:
             write_pairs(table, list(scorers), args)
         print(f"\nImages, scores and pictures are in {args.output_dir}: look at its gallery.html.")

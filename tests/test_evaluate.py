@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import runpy
 import shutil
 import sys
@@ -447,6 +448,44 @@ def test_gallery(damaged, tmp_path):
     assert gains.mean(axis=0) == pytest.approx(less_base)
 
 
+def test_a_blind_page_and_its_votes(damaged, tmp_path):
+    """The page names no model; its sides are in random order; votes become win rates over the base in closed form."""
+    (tmp_path / "prompts.txt").write_text("</script><script>alert(1)\na red circle\na blue cross\n")
+    flags = {"models": f"damaged={damaged}", "prompts_path": tmp_path / "prompts.txt", "num_images_per_prompt": 4}
+    evaluate(tmp_path / "out", **flags, blind=True)
+    page = (tmp_path / "out" / "blind" / "index.html").read_text()
+    assert len(Tags(page).of("script")) == 1 and "base" not in page and "damaged" not in page
+    duels = json.loads(re.search("const duels = (.*), key = ", page)[1])
+    of_image = {path.read_bytes(): path.parent.name for path in (tmp_path / "out").glob("images/*/*.png")}
+    sides = [
+        [of_image[(tmp_path / "out" / "blind" / duel[side]).read_bytes()] for side in ("left", "right")]
+        for duel in duels
+    ]
+    assert len(duels) == 12 and all(sorted(pair) == ["base", "damaged"] for pair in sides)
+    assert 0 < sum(pair[0] == "base" for pair in sides) < 12 and len({duel["prompt"] for duel in duels[:4]}) > 1
+
+    votes = []  # one person lets the red circles of the damaged model win, the rest of them lose, and ties the others
+    for duel, pair in zip(duels, sides):
+        vote = {"a red circle": 1 + pair.index("damaged"), "a blue cross": 1 + pair.index("base")}.get(
+            duel["prompt"], 0
+        )
+        votes.append({"left": duel["left"], "right": duel["right"], "vote": vote})
+    (tmp_path / "one.json").write_text(json.dumps(votes))
+    (tmp_path / "two.json").write_text(json.dumps([vote for vote in votes if vote["vote"]]))
+    evaluate(tmp_path / "out", **flags, votes=[tmp_path / "one.json", tmp_path / "two.json"])
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["win_rates"][-1]
+    assert (row["reward"], row["model"], row["opponent"], row["num_votes"]) == ("votes", "damaged", "base", 20)
+    assert (
+        row["win_rate"] == 0.5 and row["tie_rate"] == 4 / 20 and row["win_rate_low"] < 0.2 < 0.8 < row["win_rate_high"]
+    )
+    assert "20 votes: **damaged** wins over the base 50.0%" in (tmp_path / "out" / "results.md").read_text()
+    (tmp_path / "two.json").write_text('[{"left": "x.png", "right": "y.png", "vote": 1}]')
+    with pytest.raises(
+        UserError, match="(?s)--votes .*two.json cannot be loaded: 'x.png'.*the page of --blind in this"
+    ):
+        evaluate(tmp_path / "out", **flags, votes=[tmp_path / "two.json"])
+
+
 def test_a_gallery_of_many_prompts_does_not_take_long(tmp_path):
     jobs = [
         (name, f"prompt {i}", "ab"[i % 2], seed, f"images/{name}/{i:05d}_{seed}.png", float(i))
@@ -626,6 +665,7 @@ def test_a_comparison_is_of_thumbnails():
         ({"dataset_name": ""}, "--dataset_name is empty. Is a variable of the shell not set?"),
         ({"prompts_path": "/no/prompts.txt"}, "--prompts_path /no/prompts.txt is not a file"),
         ({"prompts_path": TINY / "demo.jpg"}, "demo.jpg is not a file that ends in .txt, .json, .jsonl, .csv"),
+        ({"models": None, "blind": True, "pairs_path": "x.parquet"}, "Give tuned models with --models"),
         ({"models": None}, "Give tuned models with --models, or a run with --run_dir"),
         ({"reward_model": ["a/x", "b/x"]}, "--reward_model b/x: 'x' cannot name it"),
         ({"reward_model": "seed=x"}, "--reward_model seed=x: 'seed' cannot name it"),
