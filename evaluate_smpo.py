@@ -249,7 +249,7 @@ def pick_columns(names, args):
     columns = {"caption_column": prompt, "group_column": args.group_column}
     for flag, column in columns.items():
         if column is not None and column not in names:
-            raise UserError(f"It has no column for --{flag} {column}, but {', '.join(names)}.")
+            raise ValueError(f"it has no column for --{flag} {column}, but {', '.join(names)}.")
     return [column for column in columns.values() if column is not None]
 
 
@@ -279,7 +279,7 @@ def read_data_set(args):
             data = data[split] if isinstance(data, DatasetDict) else data
             columns = pick_columns(data.column_names, args)
         else:
-            source = {"path": name, "name": args.dataset_config_name}
+            source = {"path": name}
             if name.endswith(".parquet"):
                 source = {"path": "parquet", "data_files": {split: name}}
             builder = load_dataset_builder(**source)
@@ -402,10 +402,16 @@ def load_pipeline(source, base, device, args):
 
 
 def save_whole(path, save):
-    """Lets `save` fill a file under another name, and renames it: who is killed leaves no half of it."""
+    """Lets `save` fill a file under another name, and renames it: who is killed leaves no half of it. A `UserError`
+    says that it cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
-    save(temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        advice = "All before it is kept: make room, or name another folder, and start the same command again."
+        raise UserError(f"{path} cannot be written ({error}). {advice}") from error
 
 
 def save_text(path, text):
@@ -427,7 +433,6 @@ def open_output(prompts, sources, args):
                 f"--output_dir {args.output_dir} holds images of something else:\n{changes}\n"
                 "Give another folder, or delete this one."
             )
-        (path.parent / "scores").mkdir(parents=True, exist_ok=True)
         save_text(path, json.dumps({**saved, **record}, indent=2))
     PartialState().wait_for_everyone()
 
@@ -468,7 +473,6 @@ def draw_images(jobs, sources, args):
     pipeline = load_pipeline(sources[name], sources["base"], PartialState().device, args)
     options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
     options |= {"height": args.resolution, "width": args.resolution}
-    (folder / "images" / name).mkdir(parents=True, exist_ok=True)
     for batch in batches(missing, f"Images of {name}", args):
         # On the CPU, so that an image does not depend on the device or on the batch it is drawn in.
         generators = [torch.Generator().manual_seed(job.seed) for job in batch]
@@ -1073,7 +1077,6 @@ def write_pairs(table, rewards, args):
                 rows = [as_pair(couple, rewards, args) for couple in couples[start : start + PAIRS_PER_GROUP]]
                 writer.write_table(pa.Table.from_pylist(rows, schema))
 
-    Path(args.pairs_path).parent.mkdir(parents=True, exist_ok=True)
     save_whole(Path(args.pairs_path), save)
 
 
@@ -1101,7 +1104,6 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("prompts", "Give one of --prompts_path and --dataset_name.").add_argument
     add("--prompts_path", nargs="+", **path, help=f"Files, each a group if several: {PROMPTS_ACCEPTED}.")
     add("--dataset_name", **path, help=f"Data set: {DATASET_ACCEPTED}.")
-    add("--dataset_config_name", help="Configuration of the data set, if it has several.")
     add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
     add("--caption_column", default="caption", help="Prompt of the images.")
     add("--group_column", help="What results are broken down by, such as Category of Parti-Prompts.")

@@ -329,7 +329,7 @@ def open_data(args):
             if Path(name).is_file() and not is_parquet:
                 raise ValueError("it is a file and not Parquet: pandas or `datasets` can write it as such")
             source = {"path": "parquet", "data_files": {split: name}} if is_parquet else {"path": name}
-            builder = load_dataset_builder(**source, name=args.dataset_config_name)
+            builder = load_dataset_builder(**source)
             files = list((builder.config.data_files or {}).get(split, []))
             commit = next(iter(re.findall("@([0-9a-f]{40})/", " ".join(files))), None)
             files = files if builder.name == "parquet" else []
@@ -913,7 +913,7 @@ def raw_labels(found, rows, sources, commit, args):
         {key: public_name(text) if key in paths else text for key, text in source.items()} for source in sources
     ]
     metadata = {"rewards": rewards, "dataset_name": public_name(args.dataset_name), "dataset_revision": commit}
-    metadata |= {name: getattr(args, name) for name in ("dataset_config_name", "dataset_split_name", "dtype")}
+    metadata |= {name: getattr(args, name) for name in ("dataset_split_name", "dtype")}
     metadata |= {"num_rows": len(rows), "transformers": transformers.__version__, "pillow": PIL.__version__}
     return pa.table(labels), metadata
 
@@ -1061,7 +1061,6 @@ def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description="Writes the soft preference of each pair of a data set.")
     add = parser.add_argument_group("data", "Give one of --dataset_name and --scores_from.").add_argument
     add("--dataset_name", type=os.path.expanduser, help=f"Data set: {DATASET_ACCEPTED}.")
-    add("--dataset_config_name", help="Configuration of the data set, if it has several.")
     add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
     add("--streaming", action="store_true", help="Read a data set on the Hub in place, not downloaded first.")
     add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")

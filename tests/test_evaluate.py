@@ -202,9 +202,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         raise OSError("disk full")
 
     (tmp_path / "record.json").write_text("old")
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="record.json cannot be written .disk full.*start the same command again"):
         evaluate_smpo.save_whole(tmp_path / "record.json", fail_halfway)
     assert (tmp_path / "record.json").read_text() == "old"
+    with pytest.raises(UserError, match="record.json/x/evaluation_args.json cannot be written"):
+        evaluate(tmp_path / "record.json" / "x", models=f"mine={TINY / 'sd15'}")
 
 
 def test_two_processes_share_the_work(damaged, tmp_path, server):

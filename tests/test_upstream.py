@@ -29,7 +29,7 @@ line-ending = "auto"
 """
 # Of the arguments that the newest SD and SDXL training examples share, those that have a meaning here.
 ARGUMENTS = """
-    pretrained_model_name_or_path revision variant dataset_name dataset_config_name caption_column output_dir
+    pretrained_model_name_or_path revision variant dataset_name caption_column output_dir
     seed resolution train_batch_size num_train_epochs max_train_steps checkpointing_steps
     checkpoints_total_limit resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing
     learning_rate lr_scheduler lr_warmup_steps use_8bit_adam allow_tf32 dataloader_num_workers adam_beta1
@@ -119,23 +119,16 @@ def test_dependencies(folder, name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_imports(folder, name):
-    """The standard library and what requirements.txt brings; whatever a flag asks for is imported when it does, wandb
-    behind `is_wandb_available()`."""
+    """The standard library and what requirements.txt brings; whatever a flag asks for is imported when it does."""
     source = (folder / name).read_text()
     tree = ast.parse(source)
     required = {package.lower() for package in bounds((folder / "requirements.txt").read_text())}
     modules = packages_distributions()
-    guarded = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "is_wandb_available()":
-            guarded.update(id(child) for child in node.body)
     for module, node in imports(tree):
         if module in OPTIONAL:
-            assert node.col_offset > 0 and (module != "wandb" or id(node) in guarded), module
+            assert node.col_offset > 0, module
         elif module not in sys.stdlib_module_names | BROUGHT:
             assert {package.lower() for package in modules.get(module, [])} & required, module
-    if name in TRAINING:
-        assert any(module == "wandb" for module, _ in imports(tree))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
