@@ -33,9 +33,9 @@
         --models smpo=smpo-sd15 --prompts_path prompts.txt --output_dir evaluation
 
 Every model draws every prompt with the same seeds. A model's win rate over another is the share of images with the
-higher reward at the same prompt and seed, a tie counting a half; rewards are 100 times the cosine of PickScore or of
-other CLIP-style models. Intervals are of 95 % and over prompts, as the images of one are not independent. All of it
-is said of each group of prompts, too. With --run_dir every checkpoint of a run is a model, and the best is named.
+higher reward at the same prompt and seed, a tie counting a half; cosines, of PickScore and the like, stand times 100.
+Intervals are of 95 % and over prompts, as the images of one are not independent. All of it is said of each group of
+prompts, too. With --run_dir every checkpoint of a run is a model, and the best is named.
 
     images/NAME/PROMPT_IMAGE.png   the images; comparison-NAME.png has base beside tuned, from the largest gain to loss
     gallery.html                   all of them with their scores, to be sorted and filtered in a browser
@@ -60,12 +60,13 @@ import re
 import shutil
 import sys
 import textwrap
+from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jinja2
 import numpy as np
@@ -80,7 +81,19 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPModel,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import cached_file
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import check_min_version
@@ -88,11 +101,6 @@ from diffusers.utils import check_min_version
 
 check_min_version("0.35.0")
 
-PICKSCORE = "yuvalkirstain/PickScore_v1"
-PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore was tuned from this CLIP
-AESTHETIC_CLIP = "openai/clip-vit-large-patch14"  # whose embeddings LAION's aesthetic head takes
-# Of github.com/christophschuhmann/improved-aesthetic-predictor, dropout between; predictors with ReLUs have others.
-AESTHETIC_LAYERS = [f"layers.{number}" for number in (0, 2, 4, 6, 7)]
 # Pillow resizes, on every machine: torchvision, where it is installed, gives other pixels. transformers 4: `use_fast`.
 PIL_BACKEND = (
     {"backend": "pil"} if importlib.util.find_spec("transformers.image_processing_backends") else {"use_fast": False}
@@ -110,7 +118,6 @@ NUM_COMPARED_PROMPTS = 12
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell, for a spreadsheet
 MERGE_TIMEOUT = timedelta(days=7)  # how long a process waits at the end for a slower one
-PICKSCORE_RANGE = [0.11543526500463486, 0.28201571106910706]  # of the cosine, of the published labels
 PAIRS_PER_GROUP = 64  # in a row group of Parquet
 ALL = "all"  # the group of all prompts
 
@@ -474,7 +481,139 @@ def draw_images(jobs, sources, args):
             save_whole(folder / job.image, lambda temporary: image.save(temporary, "png"))
 
 
-# ---- Rewards --------------------------------------------------------------------------------------------------------
+# ---- Reward models: published ones and any CLIP-style model, on transformers' own classes ---------------------------
+
+OPEN_CLIP_NAMES = {  # of tensors in open_clip, as regular expressions that are replaced in turn, in transformers' CLIP
+    r"^visual\.proj$": "visual_projection.weight",
+    "^text_projection$": "text_projection.weight",
+    "^(?=token|positional|transformer|ln_final)": "text_model.",
+    r"^visual\.": "vision_model.",
+    "class_embedding|token_embedding": r"embeddings.\g<0>",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1": "embeddings.patch_embedding",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+    "ln_final": "final_layer_norm",
+    "ln_": "layer_norm",
+    r"transformer\.resblocks": "encoder.layers",
+    r"attn\.": "self_attn.",
+    "c_fc": "fc1",
+    "c_proj": "fc2",
+}
+BLIP_NAMES = {  # the same of BLIP's image encoder; its text encoder has the same names in both
+    "^cls_token": "embeddings.class_embedding",
+    "^pos_embed": "embeddings.position_embedding",
+    r"^patch_embed\.proj": "embeddings.patch_embedding",
+    r"^norm\.": "post_layernorm.",
+    "^blocks": "encoder.layers",
+    r"\.norm": ".layer_norm",
+    r"\.attn\.proj": ".self_attn.projection",
+    r"\.attn\.qkv": ".self_attn.qkv",
+}
+VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+BLIP_VISION = BlipVisionConfig(**VIT_L, image_size=224, layer_norm_eps=1e-6)
+BLIP_TEXT = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
+PADDED = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}  # tokens
+CLIP_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")  # repository and commit
+CLIP_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+BERT = ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
+PICKSCORE = ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
+HPSV2 = ("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a")
+IMAGE_REWARD = ("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72")
+AESTHETIC = ("trl-lib/ddpo-aesthetic-predictor", "cf4bd10345610935a80a5d3be9a3133c50f121e4")
+
+
+class SquareProcessor(NamedTuple):
+    """Images as OpenAI's CLIP crops them, or as HPSv2 pads them with black; called as a processor of transformers.
+
+    The pixels are torchvision's, which crops one pixel elsewhere than transformers, and shrinks tensors antialiased.
+    """
+
+    size: int
+    pad: bool = False
+
+    def __call__(self, images, return_tensors):
+        size, ends = self.size, images.size
+        if self.pad:
+            width, height = (max(1, round(end * (size / max(ends)))) for end in ends)
+            left, top = (size - width) // 2, (size - height) // 2
+            image = torch.from_numpy(np.array(images)).permute(2, 0, 1)[None] / 255
+            image = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
+            pixels = torch.zeros(1, 3, size, size)
+            pixels[:, :, top : top + height, left : left + width] = image
+        else:
+            width, height = (int(size * end / min(ends)) for end in ends)
+            left, top = round((width - size) / 2), round((height - size) / 2)
+            image = images.resize((width, height), Image.Resampling.BICUBIC)
+            image = image.crop((left, top, left + size, top + size))
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        return {"pixel_values": (pixels - mean) / std}
+
+
+def load_clip(file, model, base):
+    """A CLIP-style model as it is."""
+    model = AutoModel.from_pretrained(**model)
+    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+        raise ValueError(f"it is a {type(model).__name__}, not a CLIP-style model")
+    return model, AutoImageProcessor.from_pretrained(**base, **PIL_BACKEND)
+
+
+def load_hpsv2(file, model, base):
+    """HPSv2 (https://arxiv.org/abs/2306.09341), open_clip's ViT-H-14, as the CLIP that `base` configures."""
+    weights = torch.load(file, "cpu", weights_only=True)["state_dict"]
+    weights |= {name: weights[name].T.contiguous() for name in ("visual.proj", "text_projection")}
+    weights = renamed(weights, OPEN_CLIP_NAMES)
+    for name in [name for name in weights if "in_proj_" in name]:
+        parts = zip("qkv", weights.pop(name).chunk(3))
+        weights |= {name.replace("in_proj_", f"{letter}_proj."): part for letter, part in parts}
+    config = AutoConfig.from_pretrained(**base)
+    return with_weights(CLIPModel, config, weights), SquareProcessor(config.vision_config.image_size, pad=True)
+
+
+def load_aesthetic(file, model, base):
+    """LAION's head on a CLIP, https://github.com/christophschuhmann/improved-aesthetic-predictor."""
+    model = AutoModel.from_pretrained(**base)
+    model.head = linear_head(torch.load(file, "cpu", weights_only=True))
+    return model, SquareProcessor(model.config.vision_config.image_size)
+
+
+def load_image_reward(file, model, base):
+    """ImageReward (https://arxiv.org/abs/2304.05977): BLIP, and a head on its text encoder's first state."""
+    parts = defaultdict(dict)
+    for name, value in torch.load(file, "cpu", weights_only=True).items():
+        part, _, name = name.removeprefix("blip.").partition(".")
+        parts[part][name] = value
+    parts["text_encoder"].pop("embeddings.position_ids", None)
+    model = with_weights(BlipTextModel, BLIP_TEXT, parts["text_encoder"], add_pooling_layer=False)
+    model.vision = with_weights(BlipVisionModel, BLIP_VISION, renamed(parts["visual_encoder"], BLIP_NAMES))
+    model.head = linear_head(parts["mlp"])
+    return model, SquareProcessor(BLIP_VISION.image_size)
+
+
+def renamed(weights, names):
+    """Tensors by names in which regular expressions are replaced, one after the other."""
+    for old, new in names.items():
+        weights = {re.sub(old, new, name): value for name, value in weights.items()}
+    return weights
+
+
+def with_weights(model_class, config, weights, **options):
+    """A model of transformers that has these weights and no others."""
+    options |= {"config": config, "state_dict": weights, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = model_class.from_pretrained(None, **options)
+    if any(found.values()):
+        raise ValueError(f"it is no {model_class.__name__} of this size: {found}")
+    return model
+
+
+def linear_head(weights):
+    """LAION's and ImageReward's linear layers; heads with ReLUs, whose layers have other numbers, are refused."""
+    sizes = [weights["layers.0.weight"].shape[1], 1024, 128, 64, 16, 1]
+    layers = [torch.nn.Linear(*ends) for ends in itertools.pairwise(sizes)]
+    head = torch.nn.Sequential(OrderedDict(zip("02467", layers)))  # dropout in between, which does nothing here
+    head.load_state_dict({name.removeprefix("layers."): value for name, value in weights.items()})
+    return head
 
 
 def unit_features(features):
@@ -491,73 +630,138 @@ def embed_images(model, pixel_values):
 
 
 @torch.no_grad()
-def embed_texts(model, processor, texts):
+def embed_texts(model, tokenizer, texts):
     """Embeddings of texts, cut at the model's length (77 tokens for CLIP): fp32 `[N, D]`, each of length 1."""
-    max_length = model.config.text_config.max_position_embeddings
-    tokens = processor.tokenizer(
-        texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
-    )
+    tokens = tokenizer(texts, max_length=model.config.text_config.max_position_embeddings, **PADDED)
     return unit_features(model.get_text_features(**tokens.to(model.device)))
 
 
+def score_cosine(model, tokenizer, pixel_values, texts):
+    """Cosines of images and texts. A text is embedded once."""
+    number, texts = pd.factorize(np.asarray(texts, dtype=object))
+    return (embed_images(model, pixel_values) * embed_texts(model, tokenizer, texts.tolist())[number]).sum(-1)
+
+
+def score_aesthetic(model, tokenizer, pixel_values, texts):
+    """How people would rate the images from 1 to 10, without the texts."""
+    return model.head(embed_images(model, pixel_values))[:, 0]
+
+
+@torch.no_grad()
+def score_image_reward(model, tokenizer, pixel_values, texts):
+    """ImageReward, less its mean on its own data and over its standard deviation there."""
+    tokens = tokenizer(list(texts), max_length=35, **PADDED).to(model.device)
+    seen = model.vision(pixel_values.to(model.device, model.dtype)).last_hidden_state
+    states = model(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=seen).last_hidden_state
+    return (model.head(states[:, 0].float())[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+class Reward(NamedTuple):
+    """A kind of reward model: where the published one lies, and how it is loaded and scores."""
+
+    model: str = ""
+    revision: str = ""
+    base: str = CLIP_H[0]  # has the tokenizer, and what else `model` lacks
+    base_revision: str = CLIP_H[1]
+    file: str = "config.json"  # of `model`, which `load` reads
+    load: Callable = load_clip
+    score: Callable = score_cosine
+    scale: int = 100  # by which people multiply the scores
+    label_range: tuple | None = None  # of the scores in published labels
+
+
+REWARDS = {
+    "pickscore": Reward(*PICKSCORE, *CLIP_H, label_range=(0.11543526500463486, 0.28201571106910706)),
+    "hpsv2.1": Reward(*HPSV2, *CLIP_H, "HPS_v2.1_compressed.pt", load_hpsv2),
+    "imagereward": Reward(*IMAGE_REWARD, *BERT, "ImageReward.pt", load_image_reward, score_image_reward, 1),
+    "aesthetic": Reward(*AESTHETIC, *CLIP_L, "aesthetic-model.pth", load_aesthetic, score_aesthetic, 1),
+    "clip": Reward(*CLIP_L, *CLIP_L),
+}
+REWARDS_ACCEPTED = (
+    f"{', '.join(REWARDS)}, or NAME=PATH of its weights or of a CLIP-style model, a Hub name or a folder"
+)
+
+
 class Scorer(NamedTuple):
-    """A CLIP-style model, frozen and on its device, and LAION's head where that makes the score."""
+    """A reward model, frozen and on its device; those of the same `preprocessing` look at the same pixels."""
 
+    reward: Reward
     model: torch.nn.Module
-    processor: Any
-    record: dict  # what tells its scores from another's
-    head: list = []  # weight and bias of each of `AESTHETIC_LAYERS`
+    tokenizer: Any
+    image_processor: Any  # makes `pixel_values` of an image, in any process
+    source: dict  # what `find_reward` gave
 
-    @torch.no_grad()
-    def score(self, images, texts, pool):
-        """Scores of N images: 100 times the cosines with their texts, or what the head says. Float64 `[N]`."""
-        prepared = pool.map(lambda image: self.processor.image_processor(image, return_tensors="pt"), images)
-        embeddings = embed_images(self.model, torch.cat([inputs["pixel_values"] for inputs in prepared]))
-        if not self.head:
-            return 100 * (embeddings * embed_texts(self.model, self.processor, texts)).sum(-1).double().cpu().numpy()
-        for weight, bias in self.head:
-            embeddings = torch.nn.functional.linear(embeddings, weight, bias)
-        return embeddings[:, 0].double().cpu().numpy()
+    @property
+    def preprocessing(self):
+        return repr(self.image_processor)
+
+    def score(self, pixel_values, texts):
+        """Raw scores of N images `[N, 3, H, W]` by their texts: fp32 `[N]`."""
+        return self.reward.score(self.model, self.tokenizer, pixel_values, texts)
 
 
-def load_scorer(flag, path, device, args):
-    """The `Scorer` of what a flag names; raises `UserError` if it does not embed images and texts into one space."""
-    source = of_processor = locate(flag, path)
-    with explain_errors(flag, path):
-        model = AutoModel.from_pretrained(path, revision=source.commit)
-        if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-            raise ValueError(f"it is a {type(model).__name__}, not a CLIP-style model")
-    if "preprocessor_config.json" not in source.files:
-        of_processor = locate(f"{flag} {path} has no processor, and PickScore's,", PICKSCORE_PROCESSOR)
-    with explain_errors(flag, of_processor.path):
-        options = {"revision": of_processor.commit}
-        processor = AutoProcessor.from_pretrained(of_processor.path, **options)
-        pixels = AutoImageProcessor.from_pretrained(of_processor.path, **options, **PIL_BACKEND)
-    processor.image_processor = pixels
-    record = {"model": source.identity, "processor": of_processor.identity, "dtype": args.dtype}
-    record["image_processor"] = {"class": type(pixels).__name__, **pixels.to_dict()}
-    model = model.requires_grad_(False).eval().to(device, getattr(torch, args.dtype))
-    return Scorer(model, processor, record)
+def locate_file(name, file, revision=None):
+    """Path of a file, of this name or in a folder or Hub repository of it, and the commit of that repository."""
+    path = name if os.path.isfile(name) else cached_file(name, file, revision=revision)
+    return path, None if os.path.exists(name) else Path(path).parent.name
+
+
+def find_reward(name, path, revision=None):
+    """Where the reward model NAME=PATH lies, and at which commits, as `load_rewards` takes it; NAME=NAME is published.
+
+    If no tokenizer lies at PATH, that and all else that a checkpoint lacks is what the published one goes with; for
+    other names than those of `REWARDS` it is PickScore's. Raises `UserError` if something is not there.
+    """
+    reward, published = REWARDS.get(name, Reward()), name == path and name in REWARDS
+    if published:
+        path, revision = reward.model, revision or reward.revision
+    with explain_errors("reward_model", path, REWARDS_ACCEPTED):
+        _, commit = locate_file(path, reward.file, revision)
+        base, base_commit = reward.base, reward.base_revision
+        if not published and not os.path.isfile(path):
+            with suppress(OSError):
+                locate_file(path, "tokenizer_config.json", commit)
+                base, base_commit = path, commit
+    source = {"name": name, "reward_model": path, "revision": commit}
+    source |= {"reward_processor": base, "processor_revision": base_commit}
+    return source | {"label_range": reward.label_range if published else None}
+
+
+def load_rewards(sources, device, dtype):
+    """`{name: Scorer}` of what `find_reward` gives; raises `UserError` if one cannot be loaded."""
+    scorers = {}
+    for source in sources:
+        reward, path = REWARDS.get(source["name"], Reward()), source["reward_model"]
+        model_source = {"pretrained_model_name_or_path": path, "revision": source["revision"]}
+        base = {"pretrained_model_name_or_path": source["reward_processor"], "revision": source["processor_revision"]}
+        with explain_errors("reward_model", path, REWARDS_ACCEPTED):
+            file, _ = locate_file(path, reward.file, source["revision"])
+            model, image_processor = reward.load(file, model_source, base)
+            tokenizer = AutoTokenizer.from_pretrained(**base)
+        model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
+        if hasattr(model, "head"):
+            model.head.float()
+        scorers[source["name"]] = Scorer(reward, model, tokenizer, image_processor, source)
+    return scorers
+
+
+# ---- Scores ---------------------------------------------------------------------------------------------------------
 
 
 def load_scorers(device, args):
-    """What scores, `{reward: Scorer}`."""
-    scorers = {name: load_scorer("reward_model", path, device, args) for name, path in args.reward_model.items()}
-    path = args.aesthetic_head
-    if path is not None:
-        with explain_errors("aesthetic_head", path, f"weights and biases of {', '.join(AESTHETIC_LAYERS)}"):
-            weights = torch.load(path, device, weights_only=True)
-            head = [[weights[f"{layer}.{part}"].float() for part in ("weight", "bias")] for layer in AESTHETIC_LAYERS]
-        scorer = load_scorer("aesthetic_clip", args.aesthetic_clip, device, args)
-        scorer.record["head"] = locate("aesthetic_head", path).identity
-        scorers["aesthetic"] = scorer._replace(head=head)
+    """What scores, `{reward: Scorer}`; its `source` has all that tells its scores from another's."""
+    scorers = load_rewards([find_reward(*named) for named in args.reward_model.items()], device, args.dtype)
+    for scorer in scorers.values():
+        paths = [scorer.source["reward_model"], scorer.source["reward_processor"]]
+        files = [locate("reward_model", path).identity for path in paths if os.path.exists(path)]
+        scorer.source.update(files=files, image_processor=scorer.preprocessing, dtype=args.dtype)
     return scorers
 
 
 def score_key(job, scorer, args):
     """What a score is kept under: the image's file with its size and time, and a hash of its prompt and the reward."""
     status = (Path(args.output_dir) / job.image).stat()
-    return f"{job.image} {status.st_size} {status.st_mtime_ns} {digest([job.prompt, scorer.record])}"
+    return f"{job.image} {status.st_size} {status.st_mtime_ns} {digest([job.prompt, scorer.source])}"
 
 
 def kept_scores(args):
@@ -574,7 +778,11 @@ def score_missing(jobs, scorers, args):
             missing = [job for job in jobs if score_key(job, scorer, args) not in kept]
             for batch in batches(missing, f"Scores by {reward}", args):
                 images = pool.map(lambda job: Image.open(folder / job.image).convert("RGB"), batch)
-                scores = scorer.score(images, [job.prompt for job in batch], pool)
+                pixels = pool.map(
+                    lambda image: scorer.image_processor(image, return_tensors="pt")["pixel_values"], images
+                )
+                scores = scorer.score(torch.cat(list(pixels)), [job.prompt for job in batch])
+                scores = scorer.reward.scale * scores.double().cpu().numpy()
                 if not np.isfinite(scores).all():
                     job, score = next(pair for pair in zip(batch, scores) if not math.isfinite(pair[1]))
                     raise UserError(
@@ -696,7 +904,7 @@ def write_results(table, sources, scorers, args):
         record["best"], sentence = name_best(scores, duels, args)
         text = f"{sentence}\n\n{text}"
     record["models"] = {name: source.identity for name, source in sources.items()}
-    record["rewards"] = {reward: scorer.record for reward, scorer in scorers.items()}
+    record["rewards"] = {reward: scorer.source for reward, scorer in scorers.items()}
     write_csv(folder / "scores.csv", table)
     write_csv(folder / "results.csv", pd.DataFrame(results + record["win_rates"]))
     save_text(folder / "results.json", json.dumps({**record, "args": vars(args)}, indent=2))
@@ -844,14 +1052,15 @@ def couple_images(table, reward, args):
 
 
 def as_pair(couple, rewards, args):
-    """A couple in Pick-a-Pic's columns, with all scores; the first reward, a cosine times 100, labels it."""
+    """A couple in Pick-a-Pic's columns, with all scores; the first reward labels it."""
     pair = {"caption": couple[0]["prompt"], "ranking_id": "-".join(row["uid"][:16] for row in couple)}
     for i, row in enumerate(couple):
         pair |= {f"jpg_{i}": (Path(args.output_dir) / row["image"]).read_bytes(), f"image_{i}_uid": row["uid"]}
         pair |= {f"{name}_{i}": row[name] for name in ("model", "seed")}
         pair |= {f"score_{i}_{reward}": row[reward] for reward in rewards}
     gap, (low, high) = couple[0][rewards[0]] - couple[1][rewards[0]], args.score_range
-    soft_label = torch.tensor(gap / 100 / (high - low), dtype=torch.float64).sigmoid().item()
+    scale = REWARDS.get(rewards[0], Reward()).scale
+    soft_label = torch.tensor(gap / scale / (high - low), dtype=torch.float64).sigmoid().item()
     return pair | {"label_0": float(wins(gap, 0)), "label_1": float(wins(0, gap)), "soft_label_0": soft_label}
 
 
@@ -911,10 +1120,8 @@ def parse_args(input_args=None):
     add("--batch_size", type=positive_int, default=16, help="Images at a time.")
 
     add = parser.add_argument_group("reward model").add_argument
-    text = "CLIP-style models that score, each PATH or NAME=PATH: Hub names or folders."
-    add("--reward_model", nargs="+", default=[PICKSCORE], help=text)
-    add("--aesthetic_head", **path, help="Weights of LAION's sac+logos+ava1-l14-linearMSE.pth, also a reward.")
-    add("--aesthetic_clip", **path, default=AESTHETIC_CLIP, help="CLIP under --aesthetic_head.")
+    text = f"Reward models, each {REWARDS_ACCEPTED}."
+    add("--reward_model", nargs="+", default=["pickscore"], help=text)
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", **path, required=True, help="Folder for images, scores and tables.")
@@ -922,8 +1129,8 @@ def parse_args(input_args=None):
     add("--votes", **path, nargs="+", help="Files that this page has made: their win rates stand beside the rewards'.")
     add("--pairs_path", **path, help="Also writes the images as preference pairs to train on, a Parquet file.")
     add("--pairs", choices=["best_worst", "all"], default="best_worst", help="Which two images of a prompt to pair.")
-    ends = {"nargs": 2, "type": float, "metavar": ("MIN", "MAX"), "default": PICKSCORE_RANGE}
-    add("--score_range", **ends, help="Range of the first reward, a cosine, for soft labels. Default: PickScore's.")
+    text = "Range of the first reward, a cosine not times 100, for soft labels. Default: PickScore's published one."
+    add("--score_range", nargs=2, type=float, metavar=("MIN", "MAX"), help=text)
 
     args = parser.parse_args(input_args)
     resolve(args)
@@ -955,7 +1162,7 @@ def resolve(args):
     data, run, pairs = args.dataset_name, args.run_dir, args.pairs_path
     names = os.listdir(run) if run and os.path.isdir(run) else []
     steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
-    base_alone, (low, high) = not args.models and run is None, args.score_range
+    base_alone, (low, high) = not args.models and run is None, args.score_range or (0, 1)
     checks = [
         (not math.isfinite(args.guidance_scale), f"--guidance_scale must be finite, got {args.guidance_scale}."),
         (args.seed < 0, f"--seed must not be negative, got {args.seed}."),
@@ -984,9 +1191,12 @@ def resolve(args):
     problems = [sentence for wrong, sentence in checks if wrong]
     args.steps = {f"checkpoint-{step}": step for step in steps}
     args.models = named_sources(args.models, "models", ["base", *args.steps], problems)
-    args.reward_model = named_sources(
-        args.reward_model, "reward_model", ["aesthetic", "best", "uid", "votes", *Job._fields], problems
-    )
+    taken = ["best", "uid", "votes", *Job._fields]
+    args.reward_model = named_sources(args.reward_model, "reward_model", taken, problems)
+    first = next(iter(args.reward_model))
+    args.score_range = args.score_range or REWARDS.get(first, REWARDS["pickscore"]).label_range
+    if pairs and args.score_range is None:
+        problems.append(f"--pairs_path needs --score_range MIN MAX: no labels by {first} have been published.")
     if problems:
         raise UserError("\n".join(problems))
     args.models = {name: os.path.expanduser(path) for name, path in args.models.items()}

@@ -30,13 +30,13 @@
     accelerate launch relabel_pickapic.py --dataset_name PICKAPIC_V2 --split train --output_path labels.parquet
 
 The reward r is the cosine of the image's and the caption's embedding (PickScore, https://arxiv.org/abs/2305.01569, or
-any CLIP-style model), without the model's logit scale. Over all scored images it is brought to [0, 1], and the soft
-preference of a pair, alpha / gamma in SmPO-Diffusion (https://arxiv.org/abs/2506.02698), is the softmax over the two:
+any CLIP-style model), without the model's logit scale, or another reward of `REWARDS`. It is brought to [0, 1], and
+the soft preference of a pair, alpha / gamma in SmPO-Diffusion (https://arxiv.org/abs/2506.02698), is the softmax:
 
     r' = (r - min) / (max - min)        soft_label_0 = exp(r'_0) / (exp(r'_0) + exp(r'_1)) = sigmoid(r'_0 - r'_1)
 
-With several reward models r' is the weighted mean of theirs. The published labels of Pick-a-Pic v2 used the range
-0.11543526500463486 to 0.28201571106910706: given as --score_min and --score_max, labels do not depend on the subset.
+With several reward models r' is the weighted mean of theirs. PickScore has the range of the published labels of
+Pick-a-Pic v2, so labels do not depend on the subset; others have the range of all scored images, or what is given.
 
 The file has a row for each row of the data set, in its order, and no images: the keys of the pair (`image_0_uid`,
 `image_1_uid`, `ranking_id`), the human `label_0`, the raw `score_0` and `score_1` (of several models `score_0_NAME`,
@@ -63,12 +63,12 @@ import re
 import shutil
 import sys
 import tempfile
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import datasets
 import fsspec
@@ -87,14 +87,23 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPModel,
+)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
 
 logger = get_logger(__name__)
 
-PICKSCORE = "yuvalkirstain/PickScore_v1"
-PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore was tuned from this CLIP
 # Pillow resizes, on every machine: torchvision, where it is installed, gives other pixels. transformers 4: `use_fast`.
 PIL_BACKEND = (
     {"backend": "pil"} if importlib.util.find_spec("transformers.image_processing_backends") else {"use_fast": False}
@@ -359,70 +368,139 @@ def check_columns(schema, args):
         raise UserError("\n".join([*problems, f"Name the right ones: the data set has {', '.join(schema.names)}."]))
 
 
-# ---- Reward models: another kind needs `processor.image_processor`, which workers call, `preprocessing` and `score` -
+# ---- Reward models: published ones and any CLIP-style model, on transformers' own classes ---------------------------
+
+OPEN_CLIP_NAMES = {  # of tensors in open_clip, as regular expressions that are replaced in turn, in transformers' CLIP
+    r"^visual\.proj$": "visual_projection.weight",
+    "^text_projection$": "text_projection.weight",
+    "^(?=token|positional|transformer|ln_final)": "text_model.",
+    r"^visual\.": "vision_model.",
+    "class_embedding|token_embedding": r"embeddings.\g<0>",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1": "embeddings.patch_embedding",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+    "ln_final": "final_layer_norm",
+    "ln_": "layer_norm",
+    r"transformer\.resblocks": "encoder.layers",
+    r"attn\.": "self_attn.",
+    "c_fc": "fc1",
+    "c_proj": "fc2",
+}
+BLIP_NAMES = {  # the same of BLIP's image encoder; its text encoder has the same names in both
+    "^cls_token": "embeddings.class_embedding",
+    "^pos_embed": "embeddings.position_embedding",
+    r"^patch_embed\.proj": "embeddings.patch_embedding",
+    r"^norm\.": "post_layernorm.",
+    "^blocks": "encoder.layers",
+    r"\.norm": ".layer_norm",
+    r"\.attn\.proj": ".self_attn.projection",
+    r"\.attn\.qkv": ".self_attn.qkv",
+}
+VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+BLIP_VISION = BlipVisionConfig(**VIT_L, image_size=224, layer_norm_eps=1e-6)
+BLIP_TEXT = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
+PADDED = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}  # tokens
+CLIP_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")  # repository and commit
+CLIP_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+BERT = ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
+PICKSCORE = ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
+HPSV2 = ("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a")
+IMAGE_REWARD = ("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72")
+AESTHETIC = ("trl-lib/ddpo-aesthetic-predictor", "cf4bd10345610935a80a5d3be9a3133c50f121e4")
 
 
-class Reward(NamedTuple):
-    """A CLIP-style reward model, frozen and on its device: the score is the cosine of the embeddings.
+class SquareProcessor(NamedTuple):
+    """Images as OpenAI's CLIP crops them, or as HPSv2 pads them with black; called as a processor of transformers.
 
-    Worker processes make of an image what its `processor.image_processor` gives as `pixel_values`; reward models with
-    the same `preprocessing` look at the same pixels.
+    The pixels are torchvision's, which crops one pixel elsewhere than transformers, and shrinks tensors antialiased.
     """
 
-    model: torch.nn.Module
-    processor: transformers.ProcessorMixin
+    size: int
+    pad: bool = False
 
-    @property
-    def preprocessing(self):
-        return self.processor.image_processor.to_json_string()
-
-    def score(self, pixel_values, captions):
-        """Scores of N images `[N, 3, H, W]` by their captions: fp32 `[N]`. A caption is embedded once."""
-        number, texts = pd.factorize(np.asarray(captions, dtype=object))
-        embeddings = embed_texts(self.model, self.processor, texts.tolist())[number]
-        return (embed_images(self.model, pixel_values) * embeddings).sum(-1)
-
-
-def commit_of(name, file, revision=None):
-    """The commit in which a file of a Hub repository is found; None for a folder."""
-    return None if os.path.isdir(name) else Path(cached_file(name, file, revision=revision)).parent.name
-
-
-def find_rewards(args):
-    """What the command line names as reward models, a dict for each, with the commits where they lie on the Hub."""
-    found = []
-    sources = zip(args.reward_model.items(), args.reward_model_revision, args.reward_processor)
-    for (name, path), revision, processor in sources:
-        with explain_errors("reward_model", path):
-            commit = commit_of(path, "config.json", revision)
-        with explain_errors("reward_processor", processor):
-            own = commit if processor == path else commit_of(processor, "preprocessor_config.json")
-        paths = {"name": name, "reward_model": path, "reward_processor": processor}
-        found.append(paths | {"revision": commit, "processor_revision": own})
-    return found
+    def __call__(self, images, return_tensors):
+        size, ends = self.size, images.size
+        if self.pad:
+            width, height = (max(1, round(end * (size / max(ends)))) for end in ends)
+            left, top = (size - width) // 2, (size - height) // 2
+            image = torch.from_numpy(np.array(images)).permute(2, 0, 1)[None] / 255
+            image = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
+            pixels = torch.zeros(1, 3, size, size)
+            pixels[:, :, top : top + height, left : left + width] = image
+        else:
+            width, height = (int(size * end / min(ends)) for end in ends)
+            left, top = round((width - size) / 2), round((height - size) / 2)
+            image = images.resize((width, height), Image.Resampling.BICUBIC)
+            image = image.crop((left, top, left + size, top + size))
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        return {"pixel_values": (pixels - mean) / std}
 
 
-def load_rewards(sources, device, dtype):
-    """`{name: Reward}` of what `find_rewards` gives.
+def load_clip(file, model, base):
+    """A CLIP-style model as it is."""
+    model = AutoModel.from_pretrained(**model)
+    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+        raise ValueError(f"it is a {type(model).__name__}, not a CLIP-style model")
+    return model, AutoImageProcessor.from_pretrained(**base, **PIL_BACKEND)
 
-    Raises `UserError` if one cannot be loaded, or does not embed images and texts.
-    """
-    rewards = {}
-    for source in sources:
-        path, processor_path, commit = (
-            source[key] for key in ("reward_model", "reward_processor", "processor_revision")
-        )
-        with explain_errors("reward_model", path):
-            model = AutoModel.from_pretrained(path, revision=source["revision"])
-        if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-            raise UserError(f"--reward_model {path} is a {type(model).__name__}, not a CLIP-style model.")
-        with explain_errors("reward_processor", processor_path):
-            processor = AutoProcessor.from_pretrained(processor_path, revision=commit)
-            pixels = AutoImageProcessor.from_pretrained(processor_path, revision=commit, **PIL_BACKEND)
-        processor.image_processor = pixels
-        model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
-        rewards[source["name"]] = Reward(model, processor)
-    return rewards
+
+def load_hpsv2(file, model, base):
+    """HPSv2 (https://arxiv.org/abs/2306.09341), open_clip's ViT-H-14, as the CLIP that `base` configures."""
+    weights = torch.load(file, "cpu", weights_only=True)["state_dict"]
+    weights |= {name: weights[name].T.contiguous() for name in ("visual.proj", "text_projection")}
+    weights = renamed(weights, OPEN_CLIP_NAMES)
+    for name in [name for name in weights if "in_proj_" in name]:
+        parts = zip("qkv", weights.pop(name).chunk(3))
+        weights |= {name.replace("in_proj_", f"{letter}_proj."): part for letter, part in parts}
+    config = AutoConfig.from_pretrained(**base)
+    return with_weights(CLIPModel, config, weights), SquareProcessor(config.vision_config.image_size, pad=True)
+
+
+def load_aesthetic(file, model, base):
+    """LAION's head on a CLIP, https://github.com/christophschuhmann/improved-aesthetic-predictor."""
+    model = AutoModel.from_pretrained(**base)
+    model.head = linear_head(torch.load(file, "cpu", weights_only=True))
+    return model, SquareProcessor(model.config.vision_config.image_size)
+
+
+def load_image_reward(file, model, base):
+    """ImageReward (https://arxiv.org/abs/2304.05977): BLIP, and a head on its text encoder's first state."""
+    parts = defaultdict(dict)
+    for name, value in torch.load(file, "cpu", weights_only=True).items():
+        part, _, name = name.removeprefix("blip.").partition(".")
+        parts[part][name] = value
+    parts["text_encoder"].pop("embeddings.position_ids", None)
+    model = with_weights(BlipTextModel, BLIP_TEXT, parts["text_encoder"], add_pooling_layer=False)
+    model.vision = with_weights(BlipVisionModel, BLIP_VISION, renamed(parts["visual_encoder"], BLIP_NAMES))
+    model.head = linear_head(parts["mlp"])
+    return model, SquareProcessor(BLIP_VISION.image_size)
+
+
+def renamed(weights, names):
+    """Tensors by names in which regular expressions are replaced, one after the other."""
+    for old, new in names.items():
+        weights = {re.sub(old, new, name): value for name, value in weights.items()}
+    return weights
+
+
+def with_weights(model_class, config, weights, **options):
+    """A model of transformers that has these weights and no others."""
+    options |= {"config": config, "state_dict": weights, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = model_class.from_pretrained(None, **options)
+    if any(found.values()):
+        raise ValueError(f"it is no {model_class.__name__} of this size: {found}")
+    return model
+
+
+def linear_head(weights):
+    """LAION's and ImageReward's linear layers; heads with ReLUs, whose layers have other numbers, are refused."""
+    sizes = [weights["layers.0.weight"].shape[1], 1024, 128, 64, 16, 1]
+    layers = [torch.nn.Linear(*ends) for ends in itertools.pairwise(sizes)]
+    head = torch.nn.Sequential(OrderedDict(zip("02467", layers)))  # dropout in between, which does nothing here
+    head.load_state_dict({name.removeprefix("layers."): value for name, value in weights.items()})
+    return head
 
 
 def unit_features(features):
@@ -439,13 +517,119 @@ def embed_images(model, pixel_values):
 
 
 @torch.no_grad()
-def embed_texts(model, processor, texts):
+def embed_texts(model, tokenizer, texts):
     """Embeddings of texts, cut at the model's length (77 tokens for CLIP): fp32 `[N, D]`, each of length 1."""
-    max_length = model.config.text_config.max_position_embeddings
-    tokens = processor.tokenizer(
-        texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
-    )
+    tokens = tokenizer(texts, max_length=model.config.text_config.max_position_embeddings, **PADDED)
     return unit_features(model.get_text_features(**tokens.to(model.device)))
+
+
+def score_cosine(model, tokenizer, pixel_values, texts):
+    """Cosines of images and texts. A text is embedded once."""
+    number, texts = pd.factorize(np.asarray(texts, dtype=object))
+    return (embed_images(model, pixel_values) * embed_texts(model, tokenizer, texts.tolist())[number]).sum(-1)
+
+
+def score_aesthetic(model, tokenizer, pixel_values, texts):
+    """How people would rate the images from 1 to 10, without the texts."""
+    return model.head(embed_images(model, pixel_values))[:, 0]
+
+
+@torch.no_grad()
+def score_image_reward(model, tokenizer, pixel_values, texts):
+    """ImageReward, less its mean on its own data and over its standard deviation there."""
+    tokens = tokenizer(list(texts), max_length=35, **PADDED).to(model.device)
+    seen = model.vision(pixel_values.to(model.device, model.dtype)).last_hidden_state
+    states = model(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=seen).last_hidden_state
+    return (model.head(states[:, 0].float())[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+class Reward(NamedTuple):
+    """A kind of reward model: where the published one lies, and how it is loaded and scores."""
+
+    model: str = ""
+    revision: str = ""
+    base: str = CLIP_H[0]  # has the tokenizer, and what else `model` lacks
+    base_revision: str = CLIP_H[1]
+    file: str = "config.json"  # of `model`, which `load` reads
+    load: Callable = load_clip
+    score: Callable = score_cosine
+    scale: int = 100  # by which people multiply the scores
+    label_range: tuple | None = None  # of the scores in published labels
+
+
+REWARDS = {
+    "pickscore": Reward(*PICKSCORE, *CLIP_H, label_range=(0.11543526500463486, 0.28201571106910706)),
+    "hpsv2.1": Reward(*HPSV2, *CLIP_H, "HPS_v2.1_compressed.pt", load_hpsv2),
+    "imagereward": Reward(*IMAGE_REWARD, *BERT, "ImageReward.pt", load_image_reward, score_image_reward, 1),
+    "aesthetic": Reward(*AESTHETIC, *CLIP_L, "aesthetic-model.pth", load_aesthetic, score_aesthetic, 1),
+    "clip": Reward(*CLIP_L, *CLIP_L),
+}
+REWARDS_ACCEPTED = (
+    f"{', '.join(REWARDS)}, or NAME=PATH of its weights or of a CLIP-style model, a Hub name or a folder"
+)
+
+
+class Scorer(NamedTuple):
+    """A reward model, frozen and on its device; those of the same `preprocessing` look at the same pixels."""
+
+    reward: Reward
+    model: torch.nn.Module
+    tokenizer: Any
+    image_processor: Any  # makes `pixel_values` of an image, in any process
+    source: dict  # what `find_reward` gave
+
+    @property
+    def preprocessing(self):
+        return repr(self.image_processor)
+
+    def score(self, pixel_values, texts):
+        """Raw scores of N images `[N, 3, H, W]` by their texts: fp32 `[N]`."""
+        return self.reward.score(self.model, self.tokenizer, pixel_values, texts)
+
+
+def locate_file(name, file, revision=None):
+    """Path of a file, of this name or in a folder or Hub repository of it, and the commit of that repository."""
+    path = name if os.path.isfile(name) else cached_file(name, file, revision=revision)
+    return path, None if os.path.exists(name) else Path(path).parent.name
+
+
+def find_reward(name, path, revision=None):
+    """Where the reward model NAME=PATH lies, and at which commits, as `load_rewards` takes it; NAME=NAME is published.
+
+    If no tokenizer lies at PATH, that and all else that a checkpoint lacks is what the published one goes with; for
+    other names than those of `REWARDS` it is PickScore's. Raises `UserError` if something is not there.
+    """
+    reward, published = REWARDS.get(name, Reward()), name == path and name in REWARDS
+    if published:
+        path, revision = reward.model, revision or reward.revision
+    with explain_errors("reward_model", path, REWARDS_ACCEPTED):
+        _, commit = locate_file(path, reward.file, revision)
+        base, base_commit = reward.base, reward.base_revision
+        if not published and not os.path.isfile(path):
+            with suppress(OSError):
+                locate_file(path, "tokenizer_config.json", commit)
+                base, base_commit = path, commit
+    source = {"name": name, "reward_model": path, "revision": commit}
+    source |= {"reward_processor": base, "processor_revision": base_commit}
+    return source | {"label_range": reward.label_range if published else None}
+
+
+def load_rewards(sources, device, dtype):
+    """`{name: Scorer}` of what `find_reward` gives; raises `UserError` if one cannot be loaded."""
+    scorers = {}
+    for source in sources:
+        reward, path = REWARDS.get(source["name"], Reward()), source["reward_model"]
+        model_source = {"pretrained_model_name_or_path": path, "revision": source["revision"]}
+        base = {"pretrained_model_name_or_path": source["reward_processor"], "revision": source["processor_revision"]}
+        with explain_errors("reward_model", path, REWARDS_ACCEPTED):
+            file, _ = locate_file(path, reward.file, source["revision"])
+            model, image_processor = reward.load(file, model_source, base)
+            tokenizer = AutoTokenizer.from_pretrained(**base)
+        model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
+        if hasattr(model, "head"):
+            model.head.float()
+        scorers[source["name"]] = Scorer(reward, model, tokenizer, image_processor, source)
+    return scorers
 
 
 # ---- Scoring piece by piece. The place of an image in the data set is 2 row + side ----------------------------------
@@ -566,7 +750,7 @@ def score_pieces(batch_size, paths, wanted, captions, shards, rewards, args):
     state = PartialState()
     pieces = [piece for piece, path in paths.items() if not path.exists()]
     num_workers = min(args.dataloader_num_workers, len(pieces))
-    image_processors = {reward.preprocessing: reward.processor.image_processor for reward in rewards.values()}
+    image_processors = {reward.preprocessing: reward.image_processor for reward in rewards.values()}
     loader = torch.utils.data.DataLoader(
         PieceImages(shards, pieces, wanted, captions, batch_size, image_processors, args),
         batch_size=None,
@@ -666,7 +850,7 @@ def read_rows(shards, args):
 
 
 def start_run(shards, commit, args):
-    """The folder for the scores of this run, its rows (`read_rows`), and its reward models (`find_rewards`).
+    """The folder for the scores of this run, its rows (`read_rows`), and its reward models (`find_reward`).
 
     The folder's name is a hash of all that scores depend on: a run that goes on finds its pieces, and takes the reward
     models at the commits of its start; another one finds nothing.
@@ -675,7 +859,7 @@ def start_run(shards, commit, args):
     if PartialState().is_main_process:
         rows, parent = read_rows(shards, args), output_paths(args)[1]
         facts = [commit, shards.row_groups, shards.sizes, args.image_columns, args.dtype]
-        facts += [args.reward_model, args.reward_model_revision, args.reward_processor]
+        facts += [args.reward_model, args.reward_model_revision]
         digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8)
         names = rows.select([*LABEL_KEYS[:2], "caption"]).to_pandas()
         digest.update(pd.util.hash_pandas_object(names, index=False).to_numpy())
@@ -684,7 +868,8 @@ def start_run(shards, commit, args):
         if path.exists():
             logger.info(f"Going on with the run in {folder}.")
         else:
-            rewards = find_rewards(args)
+            named = zip(args.reward_model.items(), args.reward_model_revision)
+            rewards = [find_reward(*source, revision) for source, revision in named]
             for other in parent.glob("*/run.json"):
                 logger.warning(f"{other.parent} holds the scores of a run with other data, models or flags.")
             folder.mkdir(parents=True, exist_ok=True)
@@ -757,22 +942,23 @@ def add_soft_labels(table, metadata, args):
     reasons = table["invalid_reason"].to_pandas().dropna()
     for k, (name, columns) in enumerate(score_columns([reward["name"] for reward in metadata["rewards"]]).items()):
         sides = np.stack([table[column].to_numpy().astype(np.float64) for column in columns])
-        finite = sides[np.isfinite(sides)]
-        if not len(finite) or (args.score_min is None and finite.min() == finite.max()):
+        finite, published = sides[np.isfinite(sides)], metadata["rewards"][k].get("label_range")
+        if not len(finite) or (args.score_min is None and not published and finite.min() == finite.max()):
             found = f"{len(finite)} of {sides.size} images have a score by {name}, {len(set(finite))} different ones"
             why = f"Reasons: {reasons.value_counts().head(3).to_dict()}"
             raise UserError(f"{found}: at least two are needed. Check --image_columns. {why}.")
         scores.append(sides)
-        low, high = (finite.min(), finite.max()) if args.score_min is None else (args.score_min[k], args.score_max[k])
-        ranges.append((float(low), float(high)))
+        low, high = published or (float(finite.min()), float(finite.max()))
+        ranges.append((low, high) if args.score_min is None else (args.score_min[k], args.score_max[k]))
     weights = args.reward_weights or [1.0] * len(ranges)
     label = soft_label(*np.stack(scores, axis=1), *np.transpose(ranges), weights).numpy().astype(np.float32)
     label = pa.array(label, mask=~np.isfinite(label))
     table = table.add_column(table.column_names.index("valid"), "soft_label_0", label)
     for reward, (low, high), weight in zip(metadata["rewards"], ranges, weights):
-        reward.update(score_min=low, score_max=high, weight=weight / sum(weights))
+        range_from = "published labels" if reward.get("label_range") else "the scores"
+        range_from = range_from if args.score_min is None else "the command line"
+        reward.update(score_min=low, score_max=high, weight=weight / sum(weights), range_from=range_from)
     metadata.update(
-        range_from="the scores" if args.score_min is None else "the command line",
         num_valid=len(table) - len(reasons),
         num_invalid=len(reasons),
         invalid={kind: sum(kind in reason for reason in reasons) for kind in REASONS},
@@ -885,14 +1071,13 @@ def parse_args(input_args=None):
     add("--scores_from", type=os.path.expanduser, help="Labels file whose raw scores to give new ranges or weights.")
 
     add = parser.add_argument_group("reward model").add_argument
-    text = "CLIP-style models that score, each PATH or NAME=PATH: Hub names or folders."
-    add("--reward_model", nargs="+", default=[PICKSCORE], help=text)
+    text = f"Reward models, each {REWARDS_ACCEPTED}."
+    add("--reward_model", nargs="+", default=["pickscore"], help=text)
     add("--reward_model_revision", nargs="+", help="Revision of each reward model on the Hub.")
-    text = f"Processor of each reward model. Default: the model's own; for PickScore {PICKSCORE_PROCESSOR}."
-    add("--reward_processor", type=os.path.expanduser, nargs="+", help=text)
     add("--reward_weights", type=float, nargs="+", help="Weight of each reward in the label. Default: all equal.")
-    add("--score_min", type=float, nargs="+", help="Lower end of each reward's range. Default: the lowest score.")
-    add("--score_max", type=float, nargs="+", help="Upper end of each reward's range. Default: the highest score.")
+    text = "Default: the published one of pickscore, of others that of the scores."
+    add("--score_min", type=float, nargs="+", help=f"Lower end of each reward's range. {text}")
+    add("--score_max", type=float, nargs="+", help=f"Upper end of each reward's range. {text}")
 
     add = parser.add_argument_group("memory and speed").add_argument
     text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
@@ -942,7 +1127,7 @@ def resolve(args, default_of):
     args.reward_model = named_sources(args.reward_model, "reward_model", [], problems)
     args.reward_model = {name: os.path.expanduser(model) for name, model in args.reward_model.items()}
     count = len(args.reward_model)
-    for name in ("reward_model_revision", "reward_processor", "reward_weights", "score_min", "score_max"):
+    for name in ("reward_model_revision", "reward_weights", "score_min", "score_max"):
         values = getattr(args, name)
         if values is not None and not args.scores_from and len(values) != count:
             problems.append(f"--{name} has {len(values)} values for {count} reward models: give one for each.")
@@ -961,8 +1146,6 @@ def resolve(args, default_of):
         problems.append(f"--dataloader_num_workers must not be negative, got {args.dataloader_num_workers}.")
     if problems:
         raise UserError("\n".join(problems))
-    own = [PICKSCORE_PROCESSOR if model == PICKSCORE else model for model in args.reward_model.values()]
-    args.reward_processor = args.reward_processor or own
     args.reward_model_revision = args.reward_model_revision or [None] * count
 
 

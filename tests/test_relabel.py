@@ -77,7 +77,7 @@ def test_labels_of_the_tiny_pairs(labels_path):
     assert reward["score_min"] == np.nanmin(scores) and reward["score_max"] == np.nanmax(scores)
     assert reward["name"] == "pickscore" and reward["weight"] == 1
     assert metadata["num_rows"] == len(pairs) and metadata["num_invalid"] == 5
-    assert metadata["range_from"] == "the scores" and metadata["dataset_split_name"] == "train"
+    assert reward["range_from"] == "the scores" and metadata["dataset_split_name"] == "train"
     assert metadata["dataset_name"] == "pairs" and str(TINY) not in json.dumps(metadata)  # no paths of this machine
 
     normalised = (scores - np.nanmin(scores)) / (np.nanmax(scores) - np.nanmin(scores))
@@ -363,7 +363,7 @@ def test_labels_from_scores_are_those_of_a_run_with_the_range(few, tmp_path):
     np.testing.assert_allclose(
         pq.read_table(tmp_path / "taken.parquet")["soft_label_0"].to_numpy(), expected, rtol=1e-5
     )
-    assert metadata["range_from"] == "the command line" and metadata["rewards"][0]["score_max"] == 0.3
+    assert metadata["rewards"][0]["range_from"] == "the command line" and metadata["rewards"][0]["score_max"] == 0.3
 
 
 def test_scores_come_from_labels_files_only(tmp_path):

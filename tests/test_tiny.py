@@ -65,7 +65,7 @@ def test_the_reward_model_prefers_the_right_caption():
     images = embed_images(model, pixels)
 
     def score(scenes):
-        return (images * embed_texts(model, processor, [caption(scene) for scene in scenes])).sum(-1)
+        return (images * embed_texts(model, processor.tokenizer, [caption(scene) for scene in scenes])).sum(-1)
 
     right = score(scenes)
     for i, names in enumerate(ATTRIBUTES):

@@ -150,7 +150,7 @@ class Bed:
     def prompts(self, scenes):
         captions = [caption(scene) for scene in scenes]
         states = smpo.encode_prompts(captions, self.text)["encoder_hidden_states"]
-        return Prompts(torch.stack(list(scenes)), states, embed_texts(self.reward, self.processor, captions))
+        return Prompts(torch.stack(list(scenes)), states, embed_texts(self.reward, self.processor.tokenizer, captions))
 
     def new_prompts(self, n, taken, generator):
         """Prompts that no pair of the splits `taken` has."""

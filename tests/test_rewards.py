@@ -1,0 +1,199 @@
+"""The reward models that have names give what their own packages give of random weights, see tests/originals."""
+
+import json
+import re
+import shutil
+
+import huggingface_hub
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, TINY, relabel
+from PIL import Image
+from random_checkpoint import TEXTS, images, tensor
+from test_evaluate import evaluate, read_table
+from transformers import (
+    BertConfig,
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+)
+
+import evaluate_smpo
+import relabel_pickapic as script
+
+
+SCRIPTS = [script, evaluate_smpo]
+ORIGINALS = ROOT / "tests" / "originals"
+REFERENCE = json.loads((ORIGINALS / "reference.json").read_text())
+
+
+def random_weights(name, prefix=""):
+    """The tensors of the reference below a prefix, which is cut off."""
+    shapes = {key: shape for key, shape in REFERENCE[name]["shapes"].items() if key.startswith(prefix)}
+    weights = {key.removeprefix(prefix): torch.from_numpy(tensor(key, shape)) for key, shape in shapes.items()}
+    return {key: value.long() if key.endswith("position_ids") else value for key, value in weights.items()}
+
+
+def clip_config(hidden_act, width, layers, heads, text_width, text_layers, dim):
+    text = {"hidden_size": text_width, "intermediate_size": 4 * text_width, "num_hidden_layers": text_layers}
+    text |= {"num_attention_heads": 4, "vocab_size": 597, "hidden_act": hidden_act}
+    text |= {"bos_token_id": 595, "eos_token_id": 596, "pad_token_id": 596}
+    vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "patch_size": 8}
+    vision |= {"num_attention_heads": heads, "image_size": 32, "hidden_act": hidden_act}
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache as of the Hub, with small models in place of the published ones, at the commits that are pinned."""
+    cache, pixels = tmp_path_factory.mktemp("hub"), CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+
+    def snapshot(name, commit, tokenizer=""):
+        folder = cache / f"models--{name.replace('/', '--')}" / "snapshots" / commit
+        folder.mkdir(parents=True)
+        for path in (TINY / "pickscore").glob("*") if tokenizer else ():
+            if re.search(tokenizer, path.name):
+                shutil.copy(path, folder)
+        return folder
+
+    words, everything = "token|vocab|merges|preprocessor", "."
+    snapshot(*script.PICKSCORE, tokenizer=everything)
+    clip_config("gelu", 48, 3, 4, 32, 2, 24).save_pretrained(snapshot(*script.CLIP_H, tokenizer=words))
+    torch.save({"state_dict": random_weights("hpsv2.1")}, snapshot(*script.HPSV2) / "HPS_v2.1_compressed.pt")
+    torch.save(random_weights("imagereward"), snapshot(*script.IMAGE_REWARD) / "ImageReward.pt")
+    (cache / "vocab.txt").write_text("\n".join(REFERENCE["imagereward"]["vocab"]))
+    bert = snapshot(*script.BERT)
+    BertTokenizer(str(cache / "vocab.txt")).save_pretrained(bert)
+    BertConfig().save_pretrained(bert)
+    torch.save(random_weights("aesthetic", "mlp."), snapshot(*script.AESTHETIC) / "aesthetic-model.pth")
+
+    clip_l = snapshot(*script.CLIP_L, tokenizer=words)
+    clip_config("quick_gelu", 64, 2, 1, 32, 1, 32).save_pretrained(clip_l)
+    torch.save(
+        {"state_dict": random_weights("aesthetic", "clip_model.")}, cache / "clip.pt"
+    )  # OpenAI's is open_clip's
+    source = {"pretrained_model_name_or_path": clip_l}
+    script.load_hpsv2(cache / "clip.pt", None, source)[0].save_pretrained(clip_l)
+    pixels.save_pretrained(clip_l)
+    return cache
+
+
+@pytest.fixture
+def small(cache, monkeypatch):
+    """The small models are found by the names of the published ones."""
+    vision = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision |= {"image_size": 32, "patch_size": 8}
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"vocab_size": len(REFERENCE["imagereward"]["vocab"]) + 2, "encoder_hidden_size": 48}
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    for module in SCRIPTS:
+        monkeypatch.setattr(module, "BLIP_VISION", BlipVisionConfig(**{**module.BLIP_VISION.to_dict(), **vision}))
+        monkeypatch.setattr(module, "BLIP_TEXT", BlipTextConfig(**{**module.BLIP_TEXT.to_dict(), **text}))
+
+
+@pytest.mark.parametrize("name", ["hpsv2.1", "imagereward", "aesthetic"])
+def test_scores_are_those_of_the_original_package(name, small):
+    (scorer,) = script.load_rewards([script.find_reward(name, name)], "cpu", "float32").values()
+    pixels = [scorer.image_processor(images=image, return_tensors="pt")["pixel_values"] for image in images()]
+    scores = scorer.score(torch.cat(pixels), TEXTS).numpy()
+    np.testing.assert_allclose(scores, REFERENCE[name]["scores"], rtol=0, atol=1e-5)
+
+
+def test_labels_of_all_published_rewards(small, tmp_path):
+    """The whole command, by names alone: scores are the rewards', pins are used, PickScore has its published range."""
+    relabel(reward_model=list(script.REWARDS), output_path=tmp_path / "labels.parquet")
+    labels = pq.read_table(tmp_path / "labels.parquet")
+    rewards = {reward["name"]: reward for reward in json.loads(labels.schema.metadata[b"smpo_labels"])["rewards"]}
+    for name, reward in script.REWARDS.items():
+        assert rewards[name]["reward_model"] == reward.model and rewards[name]["revision"] == reward.revision
+        base = (rewards[name]["reward_processor"], rewards[name]["processor_revision"])
+        assert base == (reward.base, reward.base_revision)
+        scores = np.stack([labels[f"score_{side}_{name}"].to_numpy() for side in (0, 1)])
+        ends = reward.label_range or (np.nanmin(scores), np.nanmax(scores))
+        assert (rewards[name]["score_min"], rewards[name]["score_max"]) == ends
+    assert rewards["pickscore"]["range_from"] == "published labels" and rewards["clip"]["range_from"] == "the scores"
+
+    relabel(reward_model=f"mine={TINY / 'pickscore'}", output_path=tmp_path / "path.parquet")
+    by_path = pq.read_table(tmp_path / "path.parquet")
+    assert by_path["score_0"].equals(labels["score_0_pickscore"])
+    assert json.loads(by_path.schema.metadata[b"smpo_labels"])["rewards"][0]["range_from"] == "the scores"
+
+
+def test_an_evaluation_by_all_published_rewards(small, tmp_path):
+    """Scores of images, times 100 where they are cosines, and pairs labelled by a reward that is none."""
+    pairs, names = tmp_path / "pairs.parquet", sorted(script.REWARDS, key=lambda name: name != "imagereward")
+    flags = {"reward_model": names, "models": None, "num_images_per_prompt": 2, "score_range": [-1.5, 2.5]}
+    evaluate(tmp_path, **flags, max_prompts=2, pairs_path=pairs)
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert {name: record["rewards"][name]["revision"] for name in names} == {
+        name: reward.revision for name, reward in script.REWARDS.items()
+    }
+    rows = read_table(tmp_path / "scores.csv")
+    scorers = script.load_rewards([script.find_reward(name, name) for name in names], "cpu", "float32")
+    for name, scorer in scorers.items():
+        files = [Image.open(tmp_path / row["image"]).convert("RGB") for row in rows]
+        pixels = torch.cat([scorer.image_processor(image, return_tensors="pt")["pixel_values"] for image in files])
+        scores = script.REWARDS[name].scale * scorer.score(pixels, [row["prompt"] for row in rows])
+        np.testing.assert_allclose([float(row[name]) for row in rows], scores, rtol=0, atol=1e-4)
+    for pair in pq.read_table(pairs).to_pylist():
+        gap = pair["score_0_imagereward"] - pair["score_1_imagereward"]
+        assert pair["soft_label_0"] == pytest.approx(1 / (1 + np.exp(-gap / 4)), abs=1e-6)
+
+
+def test_a_published_reward_from_a_folder_or_file(cache, small, tmp_path):
+    """NAME=PATH is of NAME's kind: of a file what it goes with is the pinned one, of a folder what lies there."""
+    head = (
+        cache / f"models--{script.AESTHETIC[0].replace('/', '--')}/snapshots/{script.AESTHETIC[1]}/aesthetic-model.pth"
+    )
+    source = script.find_reward("aesthetic", str(head))
+    assert (source["reward_processor"], source["processor_revision"]) == script.CLIP_L
+    shutil.copytree(
+        script.locate_file(*script.CLIP_L[:1], "config.json", script.CLIP_L[1])[0].rsplit("/", 1)[0], tmp_path / "all"
+    )
+    shutil.copy(head, tmp_path / "all")
+    whole = script.find_reward("aesthetic", str(tmp_path / "all"))
+    assert whole["reward_processor"] == str(tmp_path / "all") and whole["revision"] is None
+    pixels = torch.rand(2, 3, 32, 32)
+    first, second = (script.load_rewards([found], "cpu", "float32")["aesthetic"] for found in (source, whole))
+    assert torch.equal(first.score(pixels, ["", ""]), second.score(pixels, ["", ""]))
+
+
+@pytest.mark.parametrize("name, weights, message", [
+    ("aesthetic", {"layers.3.weight": torch.zeros(2, 2), "layers.0.weight": torch.zeros(1024, 32)}, "3.weight"),
+    ("imagereward", {"blip.visual_encoder.cls_token": torch.zeros(1, 1, 48)}, "no BlipTextModel of this size"),
+    ("hpsv2.1", {"epoch": 1}, "state_dict"),
+])  # fmt: skip
+def test_other_weights_are_refused(name, weights, message, small, tmp_path):
+    file = tmp_path / script.REWARDS[name].file
+    torch.save(weights, file)
+    with pytest.raises(
+        script.UserError, match=f"(?s)--reward_model {re.escape(str(file))} cannot be loaded.*{message}"
+    ):
+        script.load_rewards([script.find_reward(name, str(file))], "cpu", "float32")
+
+
+def test_a_reward_that_is_nowhere(tmp_path):
+    with pytest.raises(script.UserError, match="(?s)--reward_model /no/folder .*Accepted: pickscore, hpsv2.1"):
+        script.find_reward("imagereward", "/no/folder")
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_pixels_are_those_of_torchvision(pad):
+    with np.load(ORIGINALS / "pixels.npz") as pixels:
+        for i, image in enumerate(images()):
+            found = script.SquareProcessor(14, pad)(images=image, return_tensors="pt")["pixel_values"][0]
+            np.testing.assert_allclose(found, pixels[f"{'pad' if pad else 'crop'}{i}"], rtol=0, atol=1e-5)
+
+
+def test_image_reward_has_the_sizes_of_the_original():
+    with torch.device("meta"):
+        vision, text = BlipVisionModel(script.BLIP_VISION), BlipTextModel(script.BLIP_TEXT, add_pooling_layer=False)
+    for model, name in ((vision, "visual_encoder"), (text, "text_encoder")):
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        assert [len(sizes), sum(sizes), model.config.num_attention_heads] == REFERENCE["imagereward"]["full"][name]
