@@ -18,30 +18,19 @@ import numpy as np
 import pandas as pd
 
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS, RESULTS_GPU = (Path(__file__).parent / name for name in ("results", "results_gpu"))
 README = Path(__file__).parent / "README.md"
 NAMES = {
-    "forward": "forward (Diffusion-DPO)",
-    "ddim": "DDIM, 9 moves",
     "last": "ReNoise, last of 9 moves",
+    "ddim": "DDIM, 9 moves",
     "every": "ReNoise, every one of 5 moves",
-    "every_9": "ReNoise, every one of 9 moves",
     "released": "released code, 5 levels",
-    "last_mixed": "half random, half last of 9",
-    "every_mixed": "half random, half every one of 5",
+    "mixed": "half random, half last of 9",
+    "quarter": "a quarter random, the rest last of 9",
+    "overshoot": "DDIM to where the released code ends",
+    "forward": "forward (Diffusion-DPO)",
 }
-# "a b": what a gains over b at 32 steps, or at the step after the @
-COMPARISONS = """
-ddim_hard forward_hard,        last_hard forward_hard,        every_hard forward_hard,
-last_hard forward_hard@80,     every_hard forward_hard@80,    last_hard ddim_hard,
-every_hard ddim_hard,          every_hard last_hard,          last_soft last_hard,
-every_soft every_hard,         forward_soft forward_hard,     last_soft forward_hard,
-every_soft forward_hard,       last_soft forward_soft,        every_soft forward_soft,
-every_soft last_soft,          released_hard every_hard,      last_mixed_hard last_hard,
-last_mixed_hard forward_hard,  last_mixed_hard forward_hard@80,  every_mixed_hard every_hard,
-every_mixed_hard forward_hard, last_mixed_soft last_mixed_hard,  last_mixed_soft forward_soft
-"""
-STEPS = 32
+DEFAULT, CHEAPEST, COMMON_RATE = "last_soft", "forward_soft", 5e-5
 
 
 # Statistics
@@ -91,35 +80,21 @@ def holm(p_values):
 
 
 def read_runs(results):
-    """The runs of `runs.csv`, each with its gain in reward and judge over the base at the same prompts and seed.
-
-    Raises:
-        ValueError: a row of the grid has two results, as when it was tuned anew and the old ones are still there.
-    """
+    """The runs of `runs.csv`, each with its gain in reward and judge over the base at the same prompts and seed."""
     runs = pd.read_csv(results / "runs.csv").drop_duplicates()  # two processes may have met
     base = runs[runs["part"] == "base"].set_index(["prompts", "seed"])[["reward", "judge"]].add_suffix("_of_base")
     runs = runs[runs["part"] != "base"].join(base, on=["prompts", "seed"])
-    order = [f"{name}_{labels}" for name in NAMES for labels in ("hard", "soft")]
+    order = [f"{name}_{labels}" for labels in ("soft", "hard") for name in NAMES]
     runs = runs.sort_values("name", key=lambda names: names.map(order.index), kind="stable")
     runs["gain"], runs["judge_gain"] = (runs[name] - runs[f"{name}_of_base"] for name in ("reward", "judge"))
-    key = ["name", "pairs", "seed", "step"]
-    grid = runs[runs["part"] == "grid"]
-    twice = grid[grid.duplicated(key)]
-    if len(twice):
-        raise ValueError(
-            f"runs.csv has two results of {', '.join(map(str, twice[key].iloc[0]))} (name, pairs, seed, step), with"
-            " other learning rates or betas: delete those of before the row was tuned anew."
-        )
     return runs
 
 
-def chosen_by_tuning(runs, group):
-    """The reports of each group at the setting with the best mean gain on tuning prompts, of those with most seeds."""
-    setting = ["name", "learning_rate", "beta", "step"]
-    tuning = runs[runs["prompts"] == "tuning"].groupby(setting)["gain"].agg(["mean", "count"]).reset_index()
-    tuning = tuning[tuning["count"] == tuning.groupby(group)["count"].transform("max")]
-    best = tuning.loc[tuning.groupby(group)["mean"].idxmax(), setting]
-    return runs[runs["prompts"] == "report"].merge(best, on=setting)
+def chosen_by_tuning(reported, tuning):
+    """The reports of each row at the rate and step with the best mean gain at tuning."""
+    setting = ["name", "learning_rate", "step"]
+    means = tuning.groupby(setting)["gain"].mean().reset_index()
+    return reported.merge(means.loc[means.groupby("name")["gain"].idxmax(), setting], on=setting)
 
 
 # Writing
@@ -150,25 +125,15 @@ def inversion_table(rows):
     return table(["variant", f"UNet calls at t = {means.columns[-1]}", *(f"t = {t}" for t in means)], lines)
 
 
-def tuning_table(runs):
-    """Mean reward gain of every row at every learning rate and beta, the best in bold."""
-    means = runs.pivot_table("gain", "name", ["beta", "learning_rate"], sort=False).sort_index(axis=1)
-    lines = [
-        [title(name), *(f"**{gain:+.1f}**" if gain == gains.max() else f"{gain:+.1f}" for gain in gains)]
-        for name, gains in means.iterrows()
-    ]
-    return table(["row", *(f"lr {rate:g}, beta {beta:g}" for beta, rate in means.columns)], lines)
-
-
 def results_table(runs):
     """Scores of every row and step over the seeds."""
     lines = []
     for (name, step), group in runs.groupby(["name", "step"], sort=False):
-        rate, beta = (f"{group[column].iloc[0]:g}" for column in ("learning_rate", "beta"))
+        rate = f"{group['learning_rate'].iloc[0]:g}"
         cells = [with_interval(group[score], sign="+") for score in ("gain", "judge_gain")]
         cells += [with_interval(group[score], 3) for score in ("accuracy", "distance", "diversity")]
-        lines.append([title(name), rate, beta, step, f"{group['unet_calls'].mean():.0f}", *cells, len(group)])
-    header = ["row", "learning rate", "beta", "steps", "UNet calls", "reward gain", "judge gain", "accuracy"]
+        lines.append([title(name), rate, step, f"{group['unet_calls'].mean():.0f}", *cells, len(group)])
+    header = ["row", "learning rate", "steps", "UNet calls", "reward gain", "judge gain", "accuracy"]
     return table([*header, "distance to base", "diversity", "seeds"], lines)
 
 
@@ -193,56 +158,40 @@ def comparison_table(pairs_of_runs):
     return table(["difference", "reward", "p", "p, Holm", "judge", "p", "p, Holm"], lines)
 
 
-def comparisons_of_grid(runs):
-    def at(place):
-        name, _, step = place.partition("@")
-        return runs[(runs["name"] == name) & (runs["step"] == int(step or STEPS))]
-
-    def words(place):
-        name, _, step = place.partition("@")
-        return title(name) + (f" ({step} steps)" if step else "")
-
-    places = [text.split() for text in COMPARISONS.split(",")]
-    return comparison_table({f"{words(a)}, over {words(b)}": (at(a), at(b)) for a, b in places})
-
-
 def calm_tables(runs):
-    """For each source of pairs: equal steps, what rows gain over the default at the last of them, early stopping."""
+    """For each source of pairs: every row at one rate, what the rows gain over the default, early stopping."""
     texts = []
     for pairs, of_pairs in runs.groupby("pairs"):
-        by_step = chosen_by_tuning(of_pairs, ["name", "step"])
-        last = dict(list(by_step[by_step["step"] == by_step["step"].max()].groupby("name", sort=False)))
-        default = last.pop("last_soft", by_step[:0])
-        others = {f"{title(name)}, over the default": (rows, default) for name, rows in last.items()}
-        texts += [f"**{pairs} pairs, equal steps**", results_table(by_step), comparison_table(others)]
-        texts += [f"**{pairs} pairs, early stopping**", results_table(chosen_by_tuning(of_pairs, ["name"]))]
+        reported = of_pairs[of_pairs["part"] == "calm"]
+        same = reported[reported["learning_rate"] == COMMON_RATE]
+        first, *_, last = sorted(same["step"].unique())
+        by_row = dict(list(same.groupby(["name", "step"], sort=False)))
+        default, cheapest = (by_row.get((name, last), same[:0]) for name in (DEFAULT, CHEAPEST))
+        over = {f"{title(name)}, over the default": (rows, default)
+                for (name, step), rows in by_row.items() if step == last and name != DEFAULT}  # fmt: skip
+        dear = {f"{title(name)}, {first} steps, over forward, soft, {last} steps": (rows, cheapest)
+                for (name, step), rows in by_row.items() if step == first and not name.startswith("forward")}  # fmt: skip
+        tables = {f"{pairs} pairs": results_table(same), f"{pairs} pairs, equal steps": comparison_table(over),
+                  f"{pairs} pairs, about equal UNet calls": comparison_table(dear)}  # fmt: skip
+        tuned = chosen_by_tuning(reported, of_pairs[of_pairs["part"] == "tune"])
+        if len(tuned):
+            tables[f"{pairs} pairs, rate and step by the tuning prompts"] = results_table(tuned)
+        texts += [f"**{name[0].upper()}{name[1:]}**\n\n{text}" for name, text in tables.items()]
     return "\n\n".join(texts)
 
 
-def ascent_table(rows):
-    """Reward gained by a step along the gradient of each noising."""
-    rows = rows.fillna("").set_index(["noising", "pairs", "labels"])
-    cells = {key: f"{row['gain']:+.2f} ± {1.96 * row['error']:.2f}" for key, row in rows.iterrows()}
-    columns = [(pairs, kind) for pairs in ("foreign", "own") for kind in ("hard", "soft")]
-    lines = [[NAMES[name], *(cells[name, *column] for column in columns)] for name in NAMES]
-    lines.append(["a random step", cells["random", "", ""], "", "", ""])
-    return table(["along the gradient of", *(f"{pairs} pairs, {kind} labels" for pairs, kind in columns)], lines)
+def gradients_table(rows):
+    """Size, agreement and cosine with forward noise's gradient, of every noising by quarter of t."""
+    rows = rows.set_index(["noising", "quarter"])
+    cells = rows.apply(lambda row: f"{1000 * row['size']:.2f} / {row['agreement']:.2f} / {row['forward']:.2f}", axis=1)
+    lines = [[NAMES[name], *cells[name].sort_index()] for name in NAMES]
+    return table(["gradient of", *(f"quarter {quarter + 1} of t" for quarter in range(4))], lines)
 
 
 def make_tables(results):
     """The tables of what there is, by the names in their markers."""
-    runs = read_runs(results)
-    part, pairs = runs["part"], runs["pairs"]
-    foreign, own = (runs[(part == "grid") & (pairs == source)] for source in ("foreign", "own"))
-    made = {
-        "grid": (results_table, foreign[foreign["step"] >= STEPS]),
-        "comparison": (comparisons_of_grid, foreign),
-        "own": (results_table, own[own["step"] >= STEPS]),
-        "own comparison": (comparisons_of_grid, own),
-        "tuning": (tuning_table, runs[part == "tune"]),
-        "calm": (calm_tables, runs[part == "calm"]),
-    }
-    for name, maker in {"inversion": inversion_table, "ascent": ascent_table}.items():
+    made = {"calm": (calm_tables, read_runs(results))}
+    for name, maker in {"inversion": inversion_table, "gradients": gradients_table}.items():
         path = results / f"{name}.csv"
         made[name] = maker, pd.read_csv(path) if path.exists() else ()
     return {name: maker(rows) for name, (maker, rows) in made.items() if len(rows)}
@@ -264,7 +213,10 @@ def parse_args(input_args=None):
 
 
 def main(args):
-    args.readme.write_text(with_tables(args.readme.read_text(), make_tables(args.results)))
+    tables = make_tables(args.results)
+    if args.results == RESULTS and RESULTS_GPU.exists():
+        tables |= {f"{name} gpu": text for name, text in make_tables(RESULTS_GPU).items()}
+    args.readme.write_text(with_tables(args.readme.read_text(), tables))
 
 
 if __name__ == "__main__":
