@@ -306,7 +306,7 @@ def test_a_calm_run_resumes(few, tmp_path):
     with pytest.raises(SystemExit, match="the time limit is reached"):
         run_ablation.calm(few(tmp_path, end=1e-9))
     run_ablation.calm(few(tmp_path))
-    runs = make_tables.read_runs(tmp_path)
+    runs = make_tables.read_runs(tmp_path / "runs.csv")
     assert len(runs) == 2 * 2 * 2 and not runs.duplicated(["pairs", "seed", "step"]).any()  # pairs, seeds, steps
     assert (set(runs["part"]), set(runs["seed"]), set(runs["pairs_per_step"])) == ({"calm"}, {0, 1}, {2})
     assert set(runs["prompts"]) == {"report"} and not runs["gain"].eq(0).any()
@@ -317,18 +317,18 @@ def test_the_best_rate_is_that_of_the_tuning_prompts(few, tmp_path, monkeypatch)
     monkeypatch.setattr(run_ablation, "BLOCKS", [("own", ("forward_soft",))])
     assert run_ablation.tuned_rate(tmp_path, "forward_soft", "own") == Row().learning_rate
     run_ablation.tune(few(tmp_path))
-    runs = make_tables.read_runs(tmp_path)
+    runs = make_tables.read_runs(tmp_path / "runs.csv")
     assert set(runs["prompts"]) == {"tuning"} and len(runs) == 2 * 2 * 2 == len(runs[runs["part"] == "tune"])
     means = runs.groupby(["learning_rate", "step"])["reward"].mean()
     best, step = means.idxmax()
     assert run_ablation.tuned_rate(tmp_path, "forward_soft", "own") == best
     run_ablation.calm(few(tmp_path))
-    runs = make_tables.read_runs(tmp_path)
+    runs = make_tables.read_runs(tmp_path / "runs.csv")
     reported = runs[runs["part"] == "calm"]
     assert set(reported["learning_rate"]) == {Row().learning_rate, best}
     chosen = make_tables.chosen_by_tuning(reported, runs[runs["part"] == "tune"])
     assert set(chosen["learning_rate"]) == {best} and set(chosen["step"]) == {step} and len(chosen) == 2
-    assert make_tables.make_tables(tmp_path)["calm"].count("rate and step by the tuning prompts**") == 1
+    assert make_tables.make_tables(tmp_path)["runs"].count("rate and step by the tuning prompts**") == 1
 
 
 def test_a_big_bed_is_trained_in_pieces(tmp_path, monkeypatch):
@@ -358,7 +358,7 @@ def test_a_big_bed_is_trained_in_pieces(tmp_path, monkeypatch):
     lab = Lab(tmp_path, Settings(2, (1,), (0,)), pieces)
     assert lab.pairs("foreign").mean.shape == (4, 4, 16, 16) and lab.pairs("own").mean.shape == (12, 4, 16, 16)
     run_ablation.calm(lab)
-    runs = make_tables.read_runs(tmp_path)
+    runs = make_tables.read_runs(tmp_path / "runs.csv")
     assert len(runs) == 2 and not runs["gain"].eq(0).any()
 
 
@@ -395,7 +395,7 @@ def test_tables_of_a_small_csv(tmp_path):
             rows += [{**about, "step": step, "unet_calls": 100, **scores, "distance": 0.1} for step in (4, 8)]
     append(tmp_path / "runs.csv", [*base, *rows, rows[-1]], RUN_COLUMNS)  # two processes that met: the same again
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- ablation: calm -->\nold\n<!-- end of ablation -->\nnew")
+    readme.write_text("<!-- ablation: runs -->\nold\n<!-- end of ablation -->\nnew")
     make_tables.main(make_tables.parse_args(["--results", str(tmp_path), "--readme", str(readme)]))
     lines = readme.read_text().splitlines()
     half = 4.302653 / 3**0.5
@@ -408,8 +408,12 @@ def test_tables_of_a_small_csv(tmp_path):
     assert over[0].startswith("| DDIM, 9 moves, soft, over the default |") and over[1].startswith("| forward")
     assert f"| +2.00 ± {half:.2f} | {p:.3f} | {2 * p:.3f} | +4.00 " in over[0]
     assert f"| +4.00 ± {2 * half:.2f} | {p:.3f} | {2 * p:.3f} | +8.00 " in over[1]
-    dear = lines[lines.index("**Foreign pairs, about equal UNet calls**") + 4 :][:2]
-    assert dear[0].startswith("| ReNoise, last of 9 moves, soft, 4 steps, over forward, soft, 8 steps | -4.00 ± ")
+    dear = lines[lines.index("**Foreign pairs, about equal UNet calls**") + 4]
+    title = "| ReNoise, last of 9 moves, soft, 4 steps, over forward (Diffusion-DPO), soft, 8 steps | -4.00 ± "
+    assert dear.startswith(title)
+    runs = make_tables.read_runs(tmp_path / "runs.csv")
+    two_seeds = make_tables.calm_tables(runs[runs["seed"] < 2])
+    assert "±" not in two_seeds and "equal" not in two_seeds and "| +1.50 | +3.00 |" in two_seeds
 
 
 def test_the_tables_of_the_readme_are_those_of_the_csvs():

@@ -4,7 +4,7 @@
     python tests/ablation/make_tables.py
 
 writes the tables into `README.md`, each between its markers. An interval is 95 % of Student's
-t over seeds. A gain is over the base model at the same seed, that is with the same prompts and initial noise, and a
+t over seeds, of three and more. A gain is over the base model at the same seed, that is with the same prompts and initial noise, and a
 difference between two rows is taken seed by seed too.
 """
 
@@ -26,6 +26,7 @@ NAMES = {
     "every": "ReNoise, every one of 5 moves",
     "released": "released code, 5 levels",
     "mixed": "half random, half last of 9",
+    "every_mixed": "half random, half every one of 5",
     "quarter": "a quarter random, the rest last of 9",
     "overshoot": "DDIM to where the released code ends",
     "forward": "forward (Diffusion-DPO)",
@@ -79,9 +80,9 @@ def holm(p_values):
 # Reading
 
 
-def read_runs(results):
-    """The runs of `runs.csv`, each with its gain in reward and judge over the base at the same prompts and seed."""
-    runs = pd.read_csv(results / "runs.csv").drop_duplicates()  # two processes may have met
+def read_runs(path):
+    """The runs of a CSV, each with its gain in reward and judge over the base at the same prompts and seed."""
+    runs = pd.read_csv(path).drop_duplicates()  # two processes may have met
     base = runs[runs["part"] == "base"].set_index(["prompts", "seed"])[["reward", "judge"]].add_suffix("_of_base")
     runs = runs[runs["part"] != "base"].join(base, on=["prompts", "seed"])
     order = [f"{name}_{labels}" for labels in ("soft", "hard") for name in NAMES]
@@ -110,9 +111,14 @@ def title(name):
     return f"{NAMES[noising]}, {labels}"
 
 
+def titled(tables):
+    """Those of the tables that there are, under their names."""
+    return "\n\n".join(f"**{name[0].upper()}{name[1:]}**\n\n{text}" for name, text in tables.items() if text)
+
+
 def with_interval(values, digits=2, sign=""):
     mean, half = mean_interval(values)
-    return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 2 else "")
 
 
 def inversion_table(rows):
@@ -140,14 +146,18 @@ def results_table(runs):
 def comparison_table(pairs_of_runs):
     """Paired differences of reward and judge gain with their p-values, as they are and adjusted for their number.
 
+    Of three seeds and more; None if nothing has as many.
+
     Args:
         pairs_of_runs: `{text: (runs, other runs)}`, each with a row a seed.
     """
     found = []
     for text, groups in pairs_of_runs.items():
         a, b = (group.set_index("seed") for group in groups)
-        if len(a.index.intersection(b.index)) > 1:
+        if len(a.index.intersection(b.index)) > 2:
             found.append((text, *paired(a["gain"], b["gain"]), *paired(a["judge_gain"], b["judge_gain"])))
+    if not found:
+        return None
     found = pd.DataFrame(found, columns=["text", "reward", "half", "p", "judge", "judge_half", "judge_p"])
     found["holm"], found["judge_holm"] = holm(found["p"]), holm(found["judge_p"])
     lines = [
@@ -158,43 +168,62 @@ def comparison_table(pairs_of_runs):
     return table(["difference", "reward", "p", "p, Holm", "judge", "p", "p, Holm"], lines)
 
 
+def over(name, step, runs, steps):
+    """What every row gains over `name` after `step` steps, itself after `steps`."""
+    rows, label = (
+        dict(list(runs.groupby(["name", "step"], sort=False))),
+        "the default" if name == DEFAULT else title(name),
+    )
+    words = ("", "") if steps == step else (f", {steps} steps", f", {step} steps")
+    others = {f"{title(row)}{words[0]}, over {label}{words[1]}": (rows[row, steps], rows.get((name, step), runs[:0]))
+              for row, at in rows if at == steps and row != name}  # fmt: skip
+    return comparison_table(others)
+
+
 def calm_tables(runs):
-    """For each source of pairs: every row at one rate, what the rows gain over the default, early stopping."""
-    texts = []
+    """For each source of pairs: every row at one rate, what it gains over the default and over forward noise, tuned rows."""
+    tables = {}
     for pairs, of_pairs in runs.groupby("pairs"):
         reported = of_pairs[of_pairs["part"] == "calm"]
         same = reported[reported["learning_rate"] == COMMON_RATE]
-        first, *_, last = sorted(same["step"].unique())
-        by_row = dict(list(same.groupby(["name", "step"], sort=False)))
-        default, cheapest = (by_row.get((name, last), same[:0]) for name in (DEFAULT, CHEAPEST))
-        over = {f"{title(name)}, over the default": (rows, default)
-                for (name, step), rows in by_row.items() if step == last and name != DEFAULT}  # fmt: skip
-        dear = {f"{title(name)}, {first} steps, over forward, soft, {last} steps": (rows, cheapest)
-                for (name, step), rows in by_row.items() if step == first and not name.startswith("forward")}  # fmt: skip
-        tables = {f"{pairs} pairs": results_table(same), f"{pairs} pairs, equal steps": comparison_table(over),
-                  f"{pairs} pairs, about equal UNet calls": comparison_table(dear)}  # fmt: skip
+        first, last = same["step"].min(), same["step"].max()
         tuned = chosen_by_tuning(reported, of_pairs[of_pairs["part"] == "tune"])
-        if len(tuned):
-            tables[f"{pairs} pairs, rate and step by the tuning prompts"] = results_table(tuned)
-        texts += [f"**{name[0].upper()}{name[1:]}**\n\n{text}" for name, text in tables.items()]
-    return "\n\n".join(texts)
+        tables |= {
+            f"{pairs} pairs": results_table(same),
+            f"{pairs} pairs, equal steps": over(DEFAULT, last, same, last),
+            f"{pairs} pairs, about equal UNet calls": over(CHEAPEST, last, same, first),
+            f"{pairs} pairs, rate and step by the tuning prompts": results_table(tuned) if len(tuned) else None,
+        }
+    return titled(tables)
+
+
+def grid_tables(runs):
+    """For each source of pairs: every row of the grid as it was tuned, and what it gains over the default."""
+    tables = {}
+    for pairs, some in runs.groupby("pairs"):
+        step = some["step"].max()
+        tables |= {f"{pairs} pairs, grid": results_table(some), f"{pairs} pairs, grid, equal steps": over(DEFAULT, step, some, step)}  # fmt: skip
+    return titled(tables)
 
 
 def gradients_table(rows):
     """Size, agreement and cosine with forward noise's gradient, of every noising by quarter of t."""
     rows = rows.set_index(["noising", "quarter"])
     cells = rows.apply(lambda row: f"{1000 * row['size']:.2f} / {row['agreement']:.2f} / {row['forward']:.2f}", axis=1)
-    lines = [[NAMES[name], *cells[name].sort_index()] for name in NAMES]
+    lines = [[NAMES[name], *cells[name].sort_index()] for name in NAMES if name in cells]
     return table(["gradient of", *(f"quarter {quarter + 1} of t" for quarter in range(4))], lines)
 
 
 def make_tables(results):
     """The tables of what there is, by the names in their markers."""
-    made = {"calm": (calm_tables, read_runs(results))}
-    for name, maker in {"inversion": inversion_table, "gradients": gradients_table}.items():
-        path = results / f"{name}.csv"
-        made[name] = maker, pd.read_csv(path) if path.exists() else ()
-    return {name: maker(rows) for name, (maker, rows) in made.items() if len(rows)}
+    makers = {
+        "runs": lambda path: calm_tables(read_runs(path)),
+        "grid": lambda path: grid_tables(read_runs(path)),
+        "inversion": lambda path: inversion_table(pd.read_csv(path)),
+        "gradients": lambda path: gradients_table(pd.read_csv(path)),
+    }
+    paths = {name: results / f"{name}.csv" for name in makers}
+    return {name: makers[name](path) for name, path in paths.items() if path.exists()}
 
 
 def with_tables(text, tables):
