@@ -332,7 +332,7 @@ def test_the_best_rate_is_that_of_the_tuning_prompts(few, tmp_path, monkeypatch)
 
 
 def test_a_big_bed_is_trained_in_pieces(tmp_path, monkeypatch):
-    """Stopped and gone on with it has the weights of one piece; its pairs are of 128 pixels; it trains and is scored."""
+    """Stopped and gone on with it has the weights of one piece; its pairs are of 128 pixels; a row is run."""
     with torch.device("meta"):
         big = UNet2DConditionModel.from_config(
             {**UNet2DConditionModel.load_config(TINY / "sd15" / "unet"), **BigBed.architecture}

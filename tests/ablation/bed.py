@@ -1,5 +1,5 @@
 # Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
-"""What the ablation runs on: a small base model, pairs as latents, prompts that no pair has, scores, one training step.
+"""What the ablation runs on: a small base model, pairs as latents, prompts that no pair has, scores, one step.
 
 The step is the training scripts' with everything computed once that does not change: the posterior of every image, the
 embedding of every prompt. What is left of a step is UNet calls. All of it is in PyTorch's default precision. `Bed` is
@@ -166,13 +166,13 @@ class Bed:
         return self.labelled(prompts[torch.arange(num_prompts).repeat_interleave(len(couples))], pictures[places])
 
     def told_apart(self, prompts, pictures):
-        """Those of the pairs of pictures `[2Q, ...]` that the judge tells apart, as in `make_pairs.py`: the rest are ties."""
+        """Those of the pairs of pictures `[2Q, ...]` that are no ties to the judge, as in `make_pairs.py`."""
         scores = [self.judged(*some)[0] for some in in_batches(pictures, prompts.scenes.repeat(2, 1))]
         kept = (torch.cat(scores).view(2, -1).diff(dim=0)[0].abs() >= TIE_MARGIN).cpu()
         return prompts[kept], pictures[kept.repeat(2)]
 
     def labelled(self, prompts, pictures, score_range=None):
-        """Pairs of pictures `[2Q, ...]`, one of each prompt, with soft labels for a range of rewards, if None their own."""
+        """Pairs of pictures `[2Q, ...]`, one of each prompt, labelled for a range of rewards, if None their own."""
         rewards = torch.cat([self.rewards(*some) for some in in_batches(pictures, prompts.texts.repeat(2, 1))])
         score_range = score_range or (rewards.min().item(), rewards.max().item())
         soft = relabel_pickapic.soft_label(*rewards.chunk(2), *score_range)
@@ -241,7 +241,7 @@ class Bed:
         return 100 * (unit_features(features) * texts).sum(-1)
 
     def judged(self, pictures, scenes):
-        """The judge's scores of pictures for scenes `[N, 5]`, and which attributes it reads off as these are: `[N, 5]`."""
+        """The judge's scores of pictures for scenes `[N, 5]`, and which attributes it reads off so: `[N, 5]`."""
         pictures, scenes = self.as_scored(pictures), scenes.to(self.device)
         read = torch.stack([log_probs.argmax(1) for log_probs in self.judge(pictures)[0]], dim=1)
         return self.judge.score(pictures, scenes), read == scenes

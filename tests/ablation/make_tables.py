@@ -4,8 +4,8 @@
     python tests/ablation/make_tables.py
 
 writes the tables into `README.md`, each between its markers. An interval is 95 % of Student's
-t over seeds, of three and more. A gain is over the base model at the same seed, that is with the same prompts and initial noise, and a
-difference between two rows is taken seed by seed too.
+t over seeds, of three and more. A gain is over the base model at the same seed, that is with the same prompts and
+initial noise, and a difference between two rows is taken seed by seed too.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def over(name, step, runs, steps):
 
 
 def calm_tables(runs):
-    """For each source of pairs: every row at one rate, what it gains over the default and over forward noise, tuned rows."""
+    """For each source of pairs: every row at one rate, what it gains over two of them, and tuned rows."""
     tables = {}
     for pairs, of_pairs in runs.groupby("pairs"):
         reported = of_pairs[of_pairs["part"] == "calm"]
@@ -202,7 +202,8 @@ def grid_tables(runs):
     tables = {}
     for pairs, some in runs.groupby("pairs"):
         step = some["step"].max()
-        tables |= {f"{pairs} pairs, grid": results_table(some), f"{pairs} pairs, grid, equal steps": over(DEFAULT, step, some, step)}  # fmt: skip
+        name = f"{pairs} pairs, grid"
+        tables |= {name: results_table(some), f"{name}, equal steps": over(DEFAULT, step, some, step)}
     return titled(tables)
 
 
