@@ -14,12 +14,13 @@ import pandas as pd
 import pytest
 import run_ablation
 import torch
-from bed import Bed, Pairs, Row, draw_batch, order_of, read_pairs, scene_of
+from bed import TINY, Bed, BigBed, Pairs, Row, draw_batch, order_of, read_pairs, scene_of, stored_labels
 from conftest import train_flags
 from run_ablation import NOISINGS, ROWS, RUN_COLUMNS, Lab, Settings, append
 from world import caption, random_scenes
 
 import train_smpo_sd15 as smpo
+from diffusers import UNet2DConditionModel
 from relabel_pickapic import embed_images
 
 
@@ -88,18 +89,18 @@ def test_the_loss_is_the_scripts(name, double_bed, policy):
     assert loss == pytest.approx(expected.item(), abs=1e-5 * scale) and abs(loss - math.log(2)) > 1e-4 * scale
 
 
-def test_steps_are_the_scripts(double_bed, tmp_path):
+def test_steps_are_the_scripts(double_bed, tmp_path, monkeypatch):
     """Its optimiser with its defaults, and its clipping, take the base where three steps of the ablation do."""
     bed, args = double_bed, smpo.parse_args(train_flags(tmp_path, learning_rate=3e-4))
     row, generator = Row("forward", learning_rate=3e-4), torch.Generator().manual_seed(6)
-    mean = torch.randn(10, 4, 4, 4, generator=generator)
-    states = bed.prompts(random_scenes(5, generator)).states
-    pairs = Pairs(mean, torch.zeros_like(mean), states, torch.tensor([0.9, 0.2, 0.6, 0.7, 0.3]))
+    mean = torch.randn(12, 4, 4, 4, generator=generator)
+    states = bed.prompts(random_scenes(6, generator)).states
+    pairs = Pairs(mean, torch.zeros_like(mean), states, torch.tensor([0.9, 0.2, 0.6, 0.7, 0.3, 0.1]))
     expected = bed.new_policy()
     optimizer = smpo.make_optimizer(list(expected.parameters()), args.learning_rate, args)
-    order = order_of(5, 6, seed=0).split(2)
-    settings = Settings((), (), (), pairs_per_step=2, warmup_steps=1)
-    for step, (unet, calls) in enumerate(run_ablation.train(bed, row, pairs, 0, settings, 3), 1):
+    order = order_of(6, 6, seed=0).split(2)
+    monkeypatch.setattr(run_ablation, "WARMUP_STEPS", 1)
+    for step, (unet, calls) in enumerate(run_ablation.train(bed, row, pairs, 0, 2, 3), 1):
         loss, _ = bed.loss(row, expected, draw_batch(pairs, pairs.labels("hard"), order[step - 1], 0, step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(expected.parameters(), args.max_grad_norm)
@@ -120,17 +121,18 @@ def test_every_row_reaches_x_t_as_it_says(double_bed, policy, batch):
 
     options = {
         "ddim": (9, "ddim", "last_move"), "last": (9, "renoise", "last_move"), "every": (5, "renoise", "every_move"),
-        "every_9": (9, "renoise", "every_move"), "released": (5, "released", "last_move"),
+        "released": (5, "released", "last_move"), "overshoot": (9, "ddim", "last_move"),
     }  # fmt: skip
-    x = {name: smpo.invert(predict, x_0, t, bed.alpha_bar, *some) for name, some in options.items()}
+    ends = {"overshoot": torch.tensor([201, 601, 801]).repeat(2)}  # of levels 1, 201, ..., 801 the next, or the last
+    x = {name: smpo.invert(predict, x_0, ends.get(name, t), bed.alpha_bar, *some) for name, some in options.items()}
     alpha_bar = bed.alpha_bar[t].view(-1, 1, 1, 1)
     x["forward"] = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
-    for name in ("last", "every"):
-        tau = (x[name] - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
-        x[f"{name}_mixed"] = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * (tau + noise) / 2**0.5
+    tau = (x["last"] - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+    for name, share in {"mixed": 0.5, "quarter": 0.25}.items():
+        x[name] = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * ((1 - share) ** 0.5 * tau + share**0.5 * noise)
     # at t = 30, 420, 700 nine moves at most are 1, 4, 7, five are 1, 3, 4, and five released levels are 2, 4, 5
-    calls = {"forward": 0, "ddim": 12, "last": 12 + 3, "every": 2 * 8, "every_9": 2 * 12, "released": 2 * 11}
-    calls |= {"last_mixed": calls["last"], "every_mixed": calls["every"]}
+    calls = {"forward": 0, "ddim": 12, "every": 2 * 8, "released": 2 * 11, "overshoot": 2 + 6 + 8}
+    calls |= dict.fromkeys(["last", "mixed", "quarter"], 12 + 3)
     assert x.keys() == NOISINGS.keys()
     for name, row in NOISINGS.items():
         reached, num_calls = bed.noised(row, policy, x_0, states, t, noise)
@@ -183,8 +185,9 @@ def test_pairs_prompts_and_draws(bed):
     soft = torch.linspace(0.05, 0.95, 200)
     pairs = Pairs(torch.zeros(400, 4, 8, 8), torch.full((400, 4, 8, 8), 0.5), torch.zeros(200, 2, 2), soft)
     assert torch.equal(pairs.labels("hard"), soft.round()) and torch.equal(pairs.labels("soft"), soft)
-    order = order_of(200, 450, seed=0)
-    assert sorted(order[:200].tolist()) == sorted(order[200:400].tolist()) == list(range(200)) and len(order) == 450
+    order = order_of(200, 150, seed=0)
+    assert len(order) == len(set(order.tolist())) == 150 and set(order.tolist()) < set(range(200))
+    assert not torch.equal(order_of(200, 150, seed=1), order)
     x_0, _, t, noise, labels = draw_batch(pairs, soft, order[:50], seed=0, step=1)
     assert (
         torch.equal(noise[:50], noise[50:]) and torch.equal(t[:50], t[50:]) and torch.equal(labels, soft[order[:50]])
@@ -194,14 +197,37 @@ def test_pairs_prompts_and_draws(bed):
     assert not torch.equal(draw_batch(pairs, soft, order[:50], seed=0, step=2)[2], t)
 
 
-def test_foreign_pairs_have_the_scripts_labels(bed):
+def test_stored_pairs_have_the_scripts_labels(bed):
     """The rewards of decoded latents are about those of the pictures: correlated by four standard errors and more."""
-    pairs, table = bed.foreign_pairs("test"), read_pairs("test")
+    pairs, table = bed.stored_pairs("test"), read_pairs("test")
     assert len(pairs.mean) == 2 * len(pairs) < 2 * len(table)
     first, second = bed.decode(pairs.mean).chunk(2)
     texts = bed.prompts([scene_of(text) for text in table["caption"][table["label_0"] != 0.5]]).texts
     gaps = bed.rewards(first, texts) - bed.rewards(second, texts)
     assert torch.corrcoef(torch.stack([gaps, pairs.soft.logit()]))[0, 1] > 4 / len(pairs) ** 0.5
+
+
+def test_foreign_pairs_are_fresh(bed, monkeypatch):
+    """The stored ones, then renders whose logit is the gap in reward over the range of the stored ones; no ties."""
+    stored = bed.stored_pairs("test")
+    monkeypatch.setattr(bed, "stored_pairs", lambda: stored)
+    made, told_apart = [], bed.told_apart
+    monkeypatch.setattr(bed, "told_apart", lambda *some: made.append((some, told_apart(*some))) or made[0][1])
+    pairs, labels = bed.foreign_pairs(num_rendered=12), stored_labels("train")
+    (all_prompts, all_pictures), (prompts, pictures) = made[0]
+    assert len(pairs) == len(stored) + len(prompts.scenes) and torch.equal(pairs.soft[: len(stored)], stored.soft)
+    gaps = bed.judge.score(all_pictures, all_prompts.scenes.repeat(2, 1)).view(2, -1).diff(dim=0)[0].abs()
+    assert torch.equal(prompts.scenes, all_prompts.scenes[gaps >= 0.7]) and len(prompts.scenes) > 1
+    rewards = bed.rewards(pictures, prompts.texts.repeat(2, 1)).chunk(2)
+    scores = labels.loc[labels["valid"], ["score_0", "score_1"]].to_numpy()
+    logits = (rewards[0] - rewards[1]).double() / (100 * (scores.max() - scores.min()))
+    # p_0 in fp32, of which the logit makes five times as much, and rewards of some 50 over a range of some 30
+    torch.testing.assert_close(pairs.soft[len(stored) :].logit().double(), logits, rtol=0, atol=1e-5)
+    rows = torch.arange(len(stored), len(pairs))
+    mean = bed.encode(pictures)[0]
+    torch.testing.assert_close(pairs.mean[torch.cat([rows, rows + len(pairs)])], mean, rtol=0, atol=1e-5)
+    held_out = {caption(scene) for some in (bed.report_prompts(), bed.tuning_prompts()) for scene in some.scenes}
+    assert not held_out & {caption(scene) for scene in all_prompts.scenes}
 
 
 def test_own_pairs_are_the_samplers(bed):
@@ -219,40 +245,36 @@ def test_own_pairs_are_the_samplers(bed):
 def test_the_gradient_of_a_preference_is_that_of_the_loss(name, double_bed, batch):
     """Policy and reference being equal, the loss is log 2 with a gradient of -beta gamma / 4 times the direction."""
     bed, unet, row = double_bed, double_bed.new_policy(), ROWS[name]
-    gradients = run_ablation.preference_gradients(bed, row, unet, batch)
-    for kind, soft_label_0 in {"soft": batch[-1], "hard": batch[-1].round()}.items():
-        loss, _ = bed.loss(row, unet, (*batch[:-1], soft_label_0))
-        expected = run_ablation.flat(torch.autograd.grad(loss, list(unet.parameters())))
-        scale = row.beta * row.gamma / 4
-        torch.testing.assert_close(-scale * gradients[kind], expected, rtol=1e-6, atol=1e-9 * scale)
-    assert torch.cosine_similarity(gradients["soft"], gradients["hard"], dim=0) < 0.999
+    loss, _ = bed.loss(row, unet, batch)
+    expected = run_ablation.flat(torch.autograd.grad(loss, list(unet.parameters())))
+    scale = row.beta * row.gamma / 4
+    gradient = run_ablation.preference_gradient(bed, row, unet, batch)
+    torch.testing.assert_close(-scale * gradient, expected, rtol=1e-6, atol=1e-9 * scale)
 
 
-def test_ascent(tmp_path, monkeypatch):
-    """The opposite labels take the same step back, whatever the rounding, and nothing is run twice."""
-    for name, value in {"ASCENT_BATCHES": 1, "ASCENT_PAIRS": 2, "ASCENT_IMAGES": 1}.items():
-        monkeypatch.setattr(run_ablation, name, value)
-    monkeypatch.setattr(run_ablation, "NOISINGS", {"forward": NOISINGS["forward"]})
-    lab = Lab(tmp_path)
-    prompts = lab.bed.prompts(random_scenes(2, torch.Generator().manual_seed(11)))
-    mean = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(12))
-    soft = {"foreign": torch.tensor([0.75, 0.125]), "own": torch.tensor([0.25, 0.875])}  # 2 p - 1 is exact
-    monkeypatch.setattr(lab, "prompts", lambda name: prompts)
-    monkeypatch.setattr(lab, "pairs", lambda name: Pairs(mean, torch.zeros_like(mean), prompts.states, soft[name]))
-    run_ablation.ascent(lab)
-    run_ablation.ascent(lab)
-    rows = pd.read_csv(tmp_path / "ascent.csv", keep_default_na=False)
-    gains = rows.set_index(["pairs", "noising", "labels"])["gain"]
-    assert len(rows) == 5 and gains["", "random", ""] != 0
-    for kind in ("hard", "soft"):
-        assert gains["foreign", "forward", kind] == -gains["own", "forward", kind] != 0
+def test_gradients(tmp_path, monkeypatch):
+    """Forward noise agrees with itself, t is in its quarter, and nothing is run twice."""
+    monkeypatch.setattr(run_ablation, "GRADIENT_PAIRS", 2)
+    monkeypatch.setattr(run_ablation, "NOISINGS", {name: NOISINGS[name] for name in ("forward", "ddim")})
+    lab = Lab(tmp_path, Settings(2, (1, 2), (0,)), Bed())
+    some_pairs, seen, errors = lab.bed.own_pairs(num_prompts=2), [], lab.bed.errors
+    monkeypatch.setattr(lab, "pairs", lambda name: some_pairs)
+    monkeypatch.setattr(lab.bed, "errors", lambda row, unet, batch: seen.append(batch[2]) or errors(row, unet, batch))
+    run_ablation.gradients(lab)
+    run_ablation.gradients(lab)
+    rows = pd.read_csv(tmp_path / "gradients.csv")
+    assert len(rows) == 4 * 2 and len(seen) == 4 * 2 * 2
+    assert all(torch.equal(t // 250, torch.full_like(t, i // 4)) for i, t in enumerate(seen))
+    of_forward = rows[rows["noising"] == "forward"]
+    assert of_forward["forward"].sub(1).abs().max() < 1e-5 and (rows["size"] > 0).all()
+    assert rows["agreement"].abs().max() < 1
 
 
 def test_inversion(tmp_path, monkeypatch):
     """The fine inversion has no distance to itself, forward noise the deviation of noise, and nothing is run twice."""
     for name, value in {"INVERSION_TIMESTEPS": [50], "INVERSION_SEEDS": [0], "INVERSION_IMAGES": 2}.items():
         monkeypatch.setattr(run_ablation, name, value)
-    lab = Lab(tmp_path)
+    lab = Lab(tmp_path, None, Bed())
     monkeypatch.setattr(lab, "pairs", lambda name: lab.bed.own_pairs(num_prompts=1, images_per_prompt=2))
     run_ablation.inversion(lab)
     run_ablation.inversion(lab)
@@ -264,36 +286,80 @@ def test_inversion(tmp_path, monkeypatch):
     assert abs(rows["std_tau"]["forward noise"] - 1) < 6 / (2 * 4 * 8 * 8) ** 0.5
 
 
-def test_a_calm_run_resumes_and_is_chosen_by_the_tuning_prompts(bed, tmp_path, monkeypatch):
-    settings = Settings(("forward_soft",), (0, 1), (1, 2), 2, 1, (1e-5, 1e-4), (200.0,))
-    monkeypatch.setattr(run_ablation, "CALM", settings)
+@pytest.fixture
+def few(bed, monkeypatch):
+    """A lab-maker with two of each, and one row."""
+    monkeypatch.setattr(run_ablation, "BLOCKS", [("foreign", ("forward_soft",)), ("own", ("forward_soft",))])
     some_pairs = bed.own_pairs(num_prompts=2)
     monkeypatch.setattr(Lab, "pairs", lambda lab, name: some_pairs)
     scenes = random_scenes(2, torch.Generator().manual_seed(13))
     prompts = {"tuning": bed.prompts(scenes[:1]), "report": bed.prompts(scenes[1:])}
     monkeypatch.setattr(Lab, "prompts", lambda lab, name: prompts[name])
-    lab = Lab(tmp_path, seeds=[1])
-    run_ablation.calm(lab)
+    return lambda path, **options: Lab(path, Settings(2, (1, 2), (0, 1)), bed, **options)
+
+
+def test_a_calm_run_resumes(few, tmp_path):
+    run_ablation.calm(few(tmp_path, seeds=[1]))
     before = (tmp_path / "runs.csv").read_text()
-    run_ablation.calm(lab)
+    run_ablation.calm(few(tmp_path, seeds=[1]))
     assert (tmp_path / "runs.csv").read_text() == before
-    lab.end = 1e-9
     with pytest.raises(SystemExit, match="the time limit is reached"):
-        run_ablation.calm(lab)
-    runs = make_tables.read_runs(tmp_path)
-    assert len(runs) == 2 * 2 * 2 * 2  # pairs, rates, steps, prompts
-    assert (set(runs["part"]), set(runs["seed"]), set(runs["pairs_per_step"])) == ({"calm"}, {1}, {2})
-    assert not runs["gain"].eq(0).any()
-    own = runs[runs["pairs"] == "own"]
-    chosen = make_tables.chosen_by_tuning(own, ["name"]).squeeze()
-    best = own[own["prompts"] == "tuning"].nlargest(1, "gain").squeeze()
-    assert (chosen["learning_rate"], chosen["step"], chosen["prompts"]) == (
-        best["learning_rate"],
-        best["step"],
-        "report",
-    )
-    assert make_tables.chosen_by_tuning(own, ["name", "step"])["step"].tolist() == [1, 2]
-    assert make_tables.make_tables(tmp_path)["calm"].count("equal steps**") == 2
+        run_ablation.calm(few(tmp_path, end=1e-9))
+    run_ablation.calm(few(tmp_path))
+    runs = make_tables.read_runs(tmp_path / "runs.csv")
+    assert len(runs) == 2 * 2 * 2 and not runs.duplicated(["pairs", "seed", "step"]).any()  # pairs, seeds, steps
+    assert (set(runs["part"]), set(runs["seed"]), set(runs["pairs_per_step"])) == ({"calm"}, {0, 1}, {2})
+    assert set(runs["prompts"]) == {"report"} and not runs["gain"].eq(0).any()
+
+
+def test_the_best_rate_is_that_of_the_tuning_prompts(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_ablation, "LEARNING_RATES", (1e-5, 1e-4))
+    monkeypatch.setattr(run_ablation, "BLOCKS", [("own", ("forward_soft",))])
+    assert run_ablation.tuned_rate(tmp_path, "forward_soft", "own") == Row().learning_rate
+    run_ablation.tune(few(tmp_path))
+    runs = make_tables.read_runs(tmp_path / "runs.csv")
+    assert set(runs["prompts"]) == {"tuning"} and len(runs) == 2 * 2 * 2 == len(runs[runs["part"] == "tune"])
+    means = runs.groupby(["learning_rate", "step"])["reward"].mean()
+    best, step = means.idxmax()
+    assert run_ablation.tuned_rate(tmp_path, "forward_soft", "own") == best
+    run_ablation.calm(few(tmp_path))
+    runs = make_tables.read_runs(tmp_path / "runs.csv")
+    reported = runs[runs["part"] == "calm"]
+    assert set(reported["learning_rate"]) == {Row().learning_rate, best}
+    chosen = make_tables.chosen_by_tuning(reported, runs[runs["part"] == "tune"])
+    assert set(chosen["learning_rate"]) == {best} and set(chosen["step"]) == {step} and len(chosen) == 2
+    assert make_tables.make_tables(tmp_path)["runs"].count("rate and step by the tuning prompts**") == 1
+
+
+def test_a_big_bed_is_trained_in_pieces(tmp_path, monkeypatch):
+    """Stopped and gone on with it has the weights of one piece; its pairs are of 128 pixels; a row is run."""
+    with torch.device("meta"):
+        big = UNet2DConditionModel.from_config(
+            {**UNet2DConditionModel.load_config(TINY / "sd15" / "unet"), **BigBed.architecture}
+        )
+    assert 30e6 < sum(parameter.numel() for parameter in big.parameters()) < 60e6
+    small = {"block_out_channels": [16, 32], "layers_per_block": 1, "sample_size": 16, "norm_num_groups": 8}
+    sizes = {"num_steps": 4, "batch_size": 2, "num_latents": 4, "num_foreign": 2, "num_own_prompts": 2, "early": 0.5}
+    for name, value in {"architecture": small, **sizes}.items():
+        monkeypatch.setattr(BigBed, name, value)
+    monkeypatch.setattr("bed.BATCH", 4)
+    whole, path = BigBed("cpu", tmp_path / "whole.pt"), tmp_path / "pieces.pt"
+    for step in (1, 2, 3):
+        with pytest.raises(SystemExit, match=f"step {step} of 4; the same command goes on"):
+            BigBed("cpu", path, end=0)
+    pieces = BigBed("cpu", path)
+    for name in ("unet", "early_unet"):
+        weights = [run_ablation.flat(getattr(bed, name).parameters()) for bed in (whole, pieces, whole)]
+        torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
+    assert not torch.equal(weights[0], run_ablation.flat(whole.unet.parameters()))
+    assert not any(parameter.requires_grad for parameter in whole.unet.parameters())
+    monkeypatch.setattr(run_ablation, "BLOCKS", [("foreign", ("mixed_soft",)), ("own", ("mixed_soft",))])
+    monkeypatch.setattr(Bed, "report_prompts", lambda bed: bed.prompts(random_scenes(2, torch.Generator())))
+    lab = Lab(tmp_path, Settings(2, (1,), (0,)), pieces)
+    assert lab.pairs("foreign").mean.shape == (4, 4, 16, 16) and lab.pairs("own").mean.shape == (12, 4, 16, 16)
+    run_ablation.calm(lab)
+    runs = make_tables.read_runs(tmp_path / "runs.csv")
+    assert len(runs) == 2 and not runs["gain"].eq(0).any()
 
 
 def test_statistics_against_known_values():
@@ -310,17 +376,15 @@ def test_statistics_against_known_values():
     assert list(make_tables.holm([0.01, 0.04, 0.03])) == pytest.approx([0.03, 0.06, 0.06])
 
 
-def made_up_runs(path):
+def test_tables_of_a_small_csv(tmp_path):
     """Base 40 + seed; the gains of each seed in the order of the seeds."""
-    base = [
-        {"part": "base", "prompts": "report", "seed": s, "step": 0, "reward": 40.0 + s, "judge": -6.0}
-        for s in range(3)
-    ]
+    base = [{"part": "base", "prompts": "report", "seed": s, "step": 0, "reward": 40.0 + s, "judge": -6.0}
+            for s in range(3)]  # fmt: skip
     rows = []
-    for name, gains in {"forward_hard": [1, 2, 3], "ddim_hard": [2, 4, 6], "last_soft": [4, 4, 4]}.items():
+    for name, gains in {"forward_soft": [3, 6, 9], "ddim_soft": [2, 4, 6], "last_soft": [1, 2, 3]}.items():
         for seed, gain in enumerate(gains):
             about = {
-                "part": "grid",
+                "part": "calm",
                 "name": name,
                 "pairs": "foreign",
                 "prompts": "report",
@@ -328,48 +392,34 @@ def made_up_runs(path):
                 **vars(Row()),
             }
             scores = {"reward": 40.0 + seed + gain, "judge": -6.0 + 2 * gain, "accuracy": 0.5, "diversity": 0.2}
-            rows += [{**about, "step": step, "unet_calls": 100, **scores, "distance": 0.1} for step in (16, 32)]
-    append(path, [*base, *rows], RUN_COLUMNS)
-
-
-def test_tables_of_a_small_csv(tmp_path):
-    made_up_runs(tmp_path / "runs.csv")
+            rows += [{**about, "step": step, "unet_calls": 100, **scores, "distance": 0.1} for step in (4, 8)]
+    append(tmp_path / "runs.csv", [*base, *rows, rows[-1]], RUN_COLUMNS)  # two processes that met: the same again
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- ablation: grid -->\nold\n<!-- end of ablation -->\nnew")
+    readme.write_text("<!-- ablation: runs -->\nold\n<!-- end of ablation -->\nnew")
     make_tables.main(make_tables.parse_args(["--results", str(tmp_path), "--readme", str(readme)]))
     lines = readme.read_text().splitlines()
     half = 4.302653 / 3**0.5
-    assert lines[3].startswith(
-        f"| forward (Diffusion-DPO), hard | 1e-05 | 2000 | 32 | 100 | +2.00 ± {half:.2f} | +4.00 ± "
-    )
-    assert lines[4].startswith(f"| DDIM, 9 moves, hard | 1e-05 | 2000 | 32 | 100 | +4.00 ± {2 * half:.2f} | +8.00 ± ")
-    assert lines[5].endswith("| 0.500 ± 0.000 | 0.100 ± 0.000 | 0.200 ± 0.000 | 3 |")
-    assert lines[6:] == ["<!-- end of ablation -->", "new"]
-    tables = make_tables.make_tables(tmp_path)
-    assert tables.keys() == {"grid", "comparison"}
-    comparison = tables["comparison"].splitlines()[2:]
-    p = make_tables.two_sided_p(2 * 3**0.5, 2)  # both differences are 2 +- 1
-    assert len(comparison) == 2 and comparison[0].startswith(
-        "| DDIM, 9 moves, hard, over forward (Diffusion-DPO), hard |"
-    )
-    assert f"| +2.00 ± {half:.2f} | {p:.3f} | {2 * p:.3f} |" in comparison[0]
-
-
-def test_results_from_before_a_row_was_tuned_anew_are_not_mixed_in(tmp_path):
-    made_up_runs(tmp_path / "runs.csv")
-    whole = make_tables.read_runs(tmp_path)
-    old = pd.read_csv(tmp_path / "runs.csv").iloc[-1].to_dict()
-    append(tmp_path / "runs.csv", [old], RUN_COLUMNS)  # two processes that met: the same again
-    assert len(make_tables.read_runs(tmp_path)) == len(whole)
-    append(tmp_path / "runs.csv", [{**old, "learning_rate": 1.0, "reward": 50.0}], RUN_COLUMNS)
-    with pytest.raises(ValueError, match="two results of last_soft, foreign, 2, 32"):
-        make_tables.read_runs(tmp_path)
+    assert lines[1] == "**Foreign pairs**" and lines[-2:] == ["<!-- end of ablation -->", "new"]
+    row = "| ReNoise, last of 9 moves, soft | 5e-05 | {} | 100 | "
+    scores = f"+2.00 ± {half:.2f} | +4.00 ± {2 * half:.2f} | 0.500 ± 0.000 | 0.100 ± 0.000 | 0.200 ± 0.000 | 3 |"
+    assert lines[5:7] == [row.format(4) + scores, row.format(8) + scores]
+    p = make_tables.two_sided_p(2 * 3**0.5, 2)  # both differences have a mean of twice their standard deviation
+    over = lines[lines.index("**Foreign pairs, equal steps**") + 4 :][:2]
+    assert over[0].startswith("| DDIM, 9 moves, soft, over the default |") and over[1].startswith("| forward")
+    assert f"| +2.00 ± {half:.2f} | {p:.3f} | {2 * p:.3f} | +4.00 " in over[0]
+    assert f"| +4.00 ± {2 * half:.2f} | {p:.3f} | {2 * p:.3f} | +8.00 " in over[1]
+    dear = lines[lines.index("**Foreign pairs, about equal UNet calls**") + 4]
+    title = "| ReNoise, last of 9 moves, soft, 4 steps, over forward (Diffusion-DPO), soft, 8 steps | -4.00 ± "
+    assert dear.startswith(title)
+    runs = make_tables.read_runs(tmp_path / "runs.csv")
+    two_seeds = make_tables.calm_tables(runs[runs["seed"] < 2])
+    assert "±" not in two_seeds and "equal" not in two_seeds and "| +1.50 | +3.00 |" in two_seeds
 
 
 def test_the_tables_of_the_readme_are_those_of_the_csvs():
     """To a unit of the last digit: sums are rounded, and so are means that end in a 5."""
     text, tables = make_tables.README.read_text(), make_tables.make_tables(make_tables.RESULTS)
-    assert set(re.findall("<!-- ablation: (.*) -->", text)) == {*tables, "calm"}
+    assert set(re.findall("<!-- ablation: (.*) -->", text)) == set(tables)
     number = r"[+-]?\d+\.\d+"
     texts = text, make_tables.with_tables(text, tables)
     words, numbers = zip(*((re.sub(number, "", some), re.findall(number, some)) for some in texts))
@@ -377,43 +427,3 @@ def test_the_tables_of_the_readme_are_those_of_the_csvs():
     for here, there in zip(*numbers):
         unit = 10.0 ** -len(here.split(".")[1])
         assert float(here) == pytest.approx(float(there), abs=1.01 * unit), (here, there)
-
-
-def test_tuning_takes_the_best_of_a_row(tmp_path, monkeypatch):
-    """And a run that is in the CSV is not run again."""
-    trained = []
-
-    def made_up(bed, row, pairs, seed, settings, steps):
-        trained.append(row)
-        yield from ((row, 10 * step) for step in range(1, steps + 1))
-
-    def evaluate(bed, row, prompts, seed, base=None):
-        reward = 50 - abs(row.learning_rate - 3e-5) * 1e5 - abs(row.beta - 200) / 1000
-        return {**dict.fromkeys(run_ablation.SCORES, 0.0), "reward": reward}, None
-
-    monkeypatch.setattr(run_ablation, "train", made_up)
-    monkeypatch.setattr(Lab, "base", lambda *_: (dict.fromkeys(run_ablation.SCORES, 0.0), None))
-    monkeypatch.setattr(Lab, "pairs", lambda *_: None)
-    monkeypatch.setattr(Lab, "prompts", lambda *_: None)
-    monkeypatch.setattr(Bed, "evaluate", evaluate)
-    for name in ("TUNE", "CALM"):
-        settings = dataclasses.replace(getattr(run_ablation, name), rows=("forward_hard", "every_soft"))
-        monkeypatch.setattr(run_ablation, name, settings)
-    monkeypatch.setattr(run_ablation, "GRID", {"foreign": Settings(("every_soft",), (0, 1), (8, 32))})
-    lab = Lab(tmp_path)
-    lab.run("tune", "every_soft", ROWS["every_soft"], 100, run_ablation.TUNE, prompts=["tuning"])
-    with pytest.raises(SystemExit, match="every_soft is not tuned yet"):
-        lab.tuned("every_soft")
-    trained.clear()
-    run_ablation.tune(lab)
-    run_ablation.tune(lab)
-    assert len(trained) == 2 * 2 * 5 * 2 - 1 and len(set(trained)) == 2 * 5 * 2
-    best = dataclasses.replace(ROWS["every_soft"], learning_rate=3e-5, beta=200.0)
-    assert lab.tuned("every_soft") == best
-    run_ablation.grid(lab)
-    assert trained[-2:] == [best, best]
-    runs = make_tables.read_runs(tmp_path)
-    assert runs[runs["part"] == "grid"]["step"].tolist() == [8, 32] * 2
-    lines = make_tables.tuning_table(runs[runs["part"] == "tune"]).splitlines()
-    place = lines[0].split("|").index(" lr 3e-05, beta 200 ")
-    assert [line.split("|")[place].strip() for line in lines[2:]] == ["**+50.0**"] * 2

@@ -1,19 +1,25 @@
 # Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
-"""What the ablation runs on: the tiny models, pairs as latents, prompts that no pair has, scores, one training step.
+"""What the ablation runs on: a small base model, pairs as latents, prompts that no pair has, scores, one step.
 
 The step is the training scripts' with everything computed once that does not change: the posterior of every image, the
-embedding of every prompt. What is left of a step is UNet calls. All of it is in PyTorch's default precision.
+embedding of every prompt. What is left of a step is UNet calls. All of it is in PyTorch's default precision. `Bed` is
+the tiny Stable Diffusion 1.5 on a CPU, `BigBed` a UNet ten times as large that a GPU trains from nothing.
 """
 
 import copy
+import functools
+import math
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from make_tables import COMMON_RATE
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
@@ -25,7 +31,9 @@ TINY = ROOT / "tests" / "tiny"
 sys.path[:0] = [str(ROOT), str(TINY)]
 
 from judge import Judge  # noqa: E402
-from world import ATTRIBUTES, caption, random_scenes  # noqa: E402
+from make_models import WRONG_CAPTIONS  # noqa: E402
+from make_pairs import TIE_MARGIN  # noqa: E402
+from world import ATTRIBUTES, RESOLUTION, caption, corrupt, random_scenes, random_vividness, render  # noqa: E402
 
 import relabel_pickapic  # noqa: E402
 import train_smpo_sd15 as smpo  # noqa: E402
@@ -35,6 +43,8 @@ from relabel_pickapic import embed_texts, unit_features  # noqa: E402
 SAMPLING_STEPS = 10  # DDIM, without guidance
 IMAGES_PER_PROMPT = 2  # of the evaluation; their distance is the diversity
 TUNING_PROMPTS_SEED = 1000
+FOREIGN_SEED = 4000
+BASE_SEED = 5000
 OWN_SEED = 2000  # of the pairs drawn from the base model
 OWN_SAMPLING_STEPS = 20
 BATCH = 64  # images in a UNet call without gradient
@@ -48,10 +58,11 @@ class Row:
     renoise_at: str = "last_move"
     num_inversion_steps: int = 9
     noise_share: float = 0.0  # of the variance of an inversion's tau that is forward noise instead
+    overshoot: int = 0  # levels of the released code: x_t is inverted to the one where that code ends, and scored as t
     labels: str = "hard"  # the labelling model's winner, or "soft", its p_0
     gamma: float = 1.0
-    beta: float = 2000.0
-    learning_rate: float = 1e-5
+    beta: float = 200.0
+    learning_rate: float = COMMON_RATE
 
 
 @dataclass
@@ -66,6 +77,12 @@ class Pairs:
     def __len__(self):
         return len(self.soft)
 
+    def joined(self, others):
+        """These pairs and others."""
+        images = ([*a.chunk(2), *b.chunk(2)] for a, b in ((self.mean, others.mean), (self.std, others.std)))
+        mean, std = (torch.cat([a_0, b_0, a_1, b_1]) for a_0, a_1, b_0, b_1 in images)
+        return Pairs(mean, std, torch.cat([self.states, others.states]), torch.cat([self.soft, others.soft]))
+
     def labels(self, kind):
         """p_0 of every pair, `[P]`."""
         return {"soft": self.soft, "hard": (self.soft > 0.5).to(self.soft.dtype)}[kind]
@@ -79,15 +96,21 @@ class Prompts:
     states: torch.Tensor  # embedded, [Q, 77, D]
     texts: torch.Tensor  # the labelling model's embeddings, [Q, D]
 
+    def __getitem__(self, rows):
+        return Prompts(self.scenes[rows], self.states[rows], self.texts[rows])
+
 
 class Bed:
-    """The tiny models, and what is computed with them once."""
+    """The tiny models, and what is computed with them once. Random numbers are drawn on the CPU."""
 
-    def __init__(self):
+    latent_size = 8
+
+    def __init__(self, device="cpu"):
         def load(network_class, *folders):
             network = network_class.from_pretrained(TINY.joinpath(*folders))
-            return network.to(torch.get_default_dtype()).requires_grad_(False)
+            return network.to(device, torch.get_default_dtype()).requires_grad_(False)
 
+        self.device = device
         self.unet = load(UNet2DConditionModel, "sd15", "unet")  # base and reference
         self.vae = load(AutoencoderKL, "sd15", "vae")
         self.text = {
@@ -95,11 +118,12 @@ class Bed:
             "text_encoder": load(CLIPTextModel, "sd15", "text_encoder"),
         }
         alpha_bar = DDPMScheduler.from_pretrained(TINY / "sd15" / "scheduler").alphas_cumprod
-        self.alpha_bar = alpha_bar.to(torch.get_default_dtype())
+        self.alpha_bar = alpha_bar.to(device, torch.get_default_dtype())
         self.reward = load(CLIPModel, "pickscore")
         self.processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
         self.judge = Judge().requires_grad_(False)
         self.judge.load_state_dict(load_file(TINY / "judge.safetensors"))
+        self.judge.to(device)
 
     def new_policy(self):
         """The base UNet again, to be trained."""
@@ -108,15 +132,9 @@ class Bed:
     # Pairs and prompts
 
     @torch.no_grad()
-    def foreign_pairs(self, split="train"):
-        """The tiny pairs of a split, whose images the base model did not make, with the scripts' labels."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = f"{folder}/labels.parquet"
-            command = (
-                f"--dataset_name {TINY}/pairs --split {split} --reward_model {TINY}/pickscore --output_path {path}"
-            )
-            relabel_pickapic.main(relabel_pickapic.parse_args(command.split()))
-            labels = pd.read_parquet(path)
+    def stored_pairs(self, split="train"):
+        """The tiny pairs of a split that the scripts train on, with the scripts' labels."""
+        labels = stored_labels(split)
         trained_on = labels["valid"] & (labels["label_0"] != 0.5)
         table = read_pairs(split)[trained_on]
         images = [smpo.decode_image(data, []) for column in ("jpg_0", "jpg_1") for data in table[column]]
@@ -126,24 +144,43 @@ class Bed:
         return Pairs(*self.encode(pictures), states, soft)
 
     @torch.no_grad()
-    def own_pairs(self, num_prompts=200, images_per_prompt=3):
+    def foreign_pairs(self, num_rendered=2000):
+        """Pairs of images that the base model did not make: the stored ones, and fresh ones of two sources."""
+        labels, generator = stored_labels("train"), torch.Generator().manual_seed(FOREIGN_SEED)
+        rewards = 100 * labels.loc[labels["valid"], ["score_0", "score_1"]].to_numpy()
+        prompts = self.training_prompts(num_rendered, generator)
+        careful = torch.rand(2 * num_rendered, generator=generator) < 0.5
+        pictures = renders(prompts.scenes.repeat(2, 1), careful, generator)
+        rendered = self.labelled(*self.told_apart(prompts, pictures), (rewards.min(), rewards.max()))
+        return self.stored_pairs().joined(rendered)
+
+    @torch.no_grad()
+    def own_pairs(self, num_prompts=512, images_per_prompt=3):
         """Pairs that the base model drew: all couples of a prompt's images, decoded and encoded like stored ones."""
         generator = torch.Generator().manual_seed(OWN_SEED)
-        prompts = self.new_prompts(num_prompts, ["test"], generator)
-        latents = self.sample(self.unet, prompts, images_per_prompt, generator, OWN_SAMPLING_STEPS)
-        pictures = self.decode(latents)
-        rewards = self.rewards(pictures, prompts.texts.repeat_interleave(images_per_prompt, 0))
+        prompts = self.training_prompts(num_prompts, generator)
+        pictures = self.decode(self.sample(self.unet, prompts, images_per_prompt, generator, OWN_SAMPLING_STEPS))
         couples = [(i, j) for i in range(images_per_prompt) for j in range(i)]
         places = torch.arange(len(pictures)).view(num_prompts, images_per_prompt)
-        first, second = (places[:, [couple[k] for couple in couples]].flatten() for k in (0, 1))
-        mean, std = (values[torch.cat([first, second])] for values in self.encode(pictures))
-        states = prompts.states.repeat_interleave(len(couples), 0)
-        soft = relabel_pickapic.soft_label(rewards[first], rewards[second], rewards.min(), rewards.max())
-        return Pairs(mean, std, states, soft.to(mean.dtype))
+        places = torch.cat([places[:, [couple[k] for couple in couples]].flatten() for k in (0, 1)])
+        return self.labelled(prompts[torch.arange(num_prompts).repeat_interleave(len(couples))], pictures[places])
+
+    def told_apart(self, prompts, pictures):
+        """Those of the pairs of pictures `[2Q, ...]` that are no ties to the judge, as in `make_pairs.py`."""
+        scores = [self.judged(*some)[0] for some in in_batches(pictures, prompts.scenes.repeat(2, 1))]
+        kept = (torch.cat(scores).view(2, -1).diff(dim=0)[0].abs() >= TIE_MARGIN).cpu()
+        return prompts[kept], pictures[kept.repeat(2)]
+
+    def labelled(self, prompts, pictures, score_range=None):
+        """Pairs of pictures `[2Q, ...]`, one of each prompt, labelled for a range of rewards, if None their own."""
+        rewards = torch.cat([self.rewards(*some) for some in in_batches(pictures, prompts.texts.repeat(2, 1))])
+        score_range = score_range or (rewards.min().item(), rewards.max().item())
+        soft = relabel_pickapic.soft_label(*rewards.chunk(2), *score_range)
+        return Pairs(*self.encode(pictures), prompts.states, soft.to(prompts.states.dtype))
 
     def encode(self, pictures):
         """Mean and standard deviation of the VAE's posterior, scaled, of pictures `[N, 3, 64, 64]` in [0, 1]."""
-        posteriors = [self.vae.encode(2 * some - 1).latent_dist for some in pictures.split(BATCH)]
+        posteriors = [self.vae.encode(2 * some.to(self.device) - 1).latent_dist for some in pictures.split(BATCH)]
         scale = self.vae.config.scaling_factor
         return [scale * torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std")]
 
@@ -152,11 +189,10 @@ class Bed:
         states = smpo.encode_prompts(captions, self.text)["encoder_hidden_states"]
         return Prompts(torch.stack(list(scenes)), states, embed_texts(self.reward, self.processor.tokenizer, captions))
 
-    def new_prompts(self, n, taken, generator):
-        """Prompts that no pair of the splits `taken` has."""
-        taken = {text for split in taken for text in read_pairs(split)["caption"]}
-        scenes = [scene for scene in random_scenes(2 * n, generator) if caption(scene) not in taken]
-        return self.prompts(scenes[:n])
+    def training_prompts(self, n, generator):
+        """Prompts that are neither reported nor tuned on; some more than once."""
+        held_out = {*map(caption, self.report_prompts().scenes), *map(caption, self.tuning_prompts().scenes)}
+        return self.prompts([scene for scene in random_scenes(2 * n, generator) if caption(scene) not in held_out][:n])
 
     def report_prompts(self):
         """The prompts of the tiny test split, none of which is trained on."""
@@ -164,23 +200,25 @@ class Bed:
 
     def tuning_prompts(self, n=48):
         """New prompts, neither trained on nor reported."""
-        return self.new_prompts(n, ["train", "test"], torch.Generator().manual_seed(TUNING_PROMPTS_SEED))
+        generator = torch.Generator().manual_seed(TUNING_PROMPTS_SEED)
+        taken = {text for split in ("train", "test") for text in read_pairs(split)["caption"]}
+        return self.prompts([scene for scene in random_scenes(2 * n, generator) if caption(scene) not in taken][:n])
 
     # Sampling and scoring
 
     def sample(self, unet, prompts, images_per_prompt, generator, num_steps=SAMPLING_STEPS):
-        """DDIM samples `[Q * images_per_prompt, 4, 8, 8]`, the images of a prompt side by side."""
+        """DDIM samples `[Q * images_per_prompt, 4, h, w]`, the images of a prompt side by side."""
         states = prompts.states.repeat_interleave(images_per_prompt, 0)
-        x_T = torch.randn(len(states), 4, 8, 8, generator=generator)
-        return torch.cat([self.descend(unet, *some, num_steps) for some in zip(x_T.split(BATCH), states.split(BATCH))])
+        x_T = torch.randn(len(states), 4, self.latent_size, self.latent_size, generator=generator).to(self.device)
+        return torch.cat([self.descend(unet, *some, num_steps) for some in in_batches(x_T, states)])
 
     @torch.no_grad()
     def descend(self, unet, x, states, num_steps, t=None):
         """DDIM from timestep t (the last, if None) to clean latents, along the grid that the inversion climbs."""
         T = len(self.alpha_bar)
         t = torch.full((len(x),), T - 1) if t is None else t
-        levels = smpo.inversion_timesteps(t, num_steps, T).T.flip(0)
-        alpha_bar, x = torch.cat([torch.ones(1), self.alpha_bar]), x.clone()
+        levels = smpo.inversion_timesteps(t, num_steps, T).T.flip(0).to(self.device)
+        alpha_bar, x = torch.cat([self.alpha_bar.new_ones(1), self.alpha_bar]), x.clone()
         for source, destination in zip(levels[:-1], levels[1:]):
             rows = (source > destination).nonzero()[:, 0]
             if len(rows):
@@ -190,16 +228,27 @@ class Bed:
         return x
 
     def decode(self, latents):
-        """Pictures `[N, 3, 64, 64]` in [0, 1]."""
+        """Pictures `[N, 3, H, W]` in [0, 1]."""
         pictures = [self.vae.decode(some).sample for some in (latents / self.vae.config.scaling_factor).split(BATCH)]
         return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
 
     def rewards(self, pictures, texts):
         """100 times the labelling model's cosine, `[N]`, of pictures and embedded texts `[N, D]`."""
         processor = self.processor.image_processor
-        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (processor.image_mean, processor.image_std))
-        features = self.reward.get_image_features(pixel_values=(pictures - mean) / std)
+        scale = [processor.image_mean, processor.image_std]
+        mean, std = torch.tensor(scale, device=self.device).view(2, 3, 1, 1)
+        features = self.reward.get_image_features(pixel_values=(self.as_scored(pictures) - mean) / std)
         return 100 * (unit_features(features) * texts).sum(-1)
+
+    def judged(self, pictures, scenes):
+        """The judge's scores of pictures for scenes `[N, 5]`, and which attributes it reads off so: `[N, 5]`."""
+        pictures, scenes = self.as_scored(pictures), scenes.to(self.device)
+        read = torch.stack([log_probs.argmax(1) for log_probs in self.judge(pictures)[0]], dim=1)
+        return self.judge.score(pictures, scenes), read == scenes
+
+    def as_scored(self, pictures):
+        """In the size that the labelling model and the judge know."""
+        return F.interpolate(pictures.to(self.device), RESOLUTION, mode="area")
 
     @torch.no_grad()
     def evaluate(self, unet, prompts, seed, base_pictures=None):
@@ -212,11 +261,10 @@ class Bed:
         """
         n, generator = IMAGES_PER_PROMPT, torch.Generator().manual_seed(seed)
         pictures = self.decode(self.sample(unet, prompts, n, generator))
-        scenes = prompts.scenes.repeat_interleave(n, 0)
-        right = torch.stack([p.argmax(1) == scenes[:, i] for i, p in enumerate(self.judge(pictures)[0])])
+        judge_scores, right = self.judged(pictures, prompts.scenes.repeat_interleave(n, 0))
         scores = {
             "reward": self.rewards(pictures, prompts.texts.repeat_interleave(n, 0)).mean().item(),
-            "judge": self.judge.score(pictures, scenes).mean().item(),
+            "judge": judge_scores.mean().item(),
             "accuracy": right.double().mean().item(),
             "diversity": mean_distance(pictures[::n], pictures[1::n]),
         }
@@ -236,14 +284,16 @@ class Bed:
             calls += len(x)
             return smpo.call_unet(unet, x, timesteps, {"encoder_hidden_states": states[rows]})
 
+        alpha_bar_t = self.alpha_bar[t.to(self.device)]
         if row.noising == "forward":
-            return smpo.add_noise(x_0, noise, self.alpha_bar[t]), calls
+            return smpo.add_noise(x_0, noise, alpha_bar_t), calls
         options = row.num_inversion_steps, row.noising, row.renoise_at
-        x_t = smpo.invert(predict_noise, x_0, t, self.alpha_bar, *options)
+        reached = smpo.released_timesteps(t, row.overshoot, len(self.alpha_bar))[:, -1] if row.overshoot else t
+        x_t = smpo.invert(predict_noise, x_0, reached, self.alpha_bar, *options)
         if row.noise_share:
-            tau = smpo.implied_noise(x_0, x_t, self.alpha_bar[t])
+            tau = smpo.implied_noise(x_0, x_t, alpha_bar_t)
             tau = (1 - row.noise_share) ** 0.5 * tau + row.noise_share**0.5 * noise
-            x_t = smpo.add_noise(x_0, tau, self.alpha_bar[t])
+            x_t = smpo.add_noise(x_0, tau, alpha_bar_t)
         return x_t, calls
 
     def errors(self, row, unet, batch):
@@ -255,6 +305,7 @@ class Bed:
         x_0, states, t, noise, _ = batch
         cond = {"encoder_hidden_states": states}
         x_t, calls = self.noised(row, unet, x_0, states, t, noise)
+        t = t.to(self.device)
         tau = smpo.implied_noise(x_0, x_t, self.alpha_bar[t])
         with torch.no_grad():
             ref_errors = smpo.squared_errors(smpo.call_unet(self.unet, x_t, t, cond), tau)
@@ -267,9 +318,117 @@ class Bed:
         return smpo.smpo_loss(model_errors, ref_errors, batch[-1], row.beta, row.gamma)[0], calls
 
 
+def in_batches(*tensors):
+    return zip(*(tensor.split(BATCH) for tensor in tensors))
+
+
+def renders(scenes, careful, generator, resolution=RESOLUTION):
+    """Pictures of scenes `[N, 5]` by the two painters of `make_pairs.py`; `careful` `[N]` says whose each is."""
+    shown = torch.where(careful[:, None], scenes, corrupt(scenes, 0.4, generator))
+    vividness = random_vividness(len(scenes), generator)
+    return render(shown, torch.where(careful, 0.3 + 0.7 * vividness, 0.7 * vividness), generator, resolution)
+
+
+@functools.cache
+def stored_labels(split):
+    """What `relabel_pickapic.py` says of the tiny pairs of a split."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/labels.parquet"
+        command = f"--dataset_name {TINY}/pairs --split {split} --reward_model {TINY}/pickscore --output_path {path}"
+        relabel_pickapic.main(relabel_pickapic.parse_args(command.split()))
+        return pd.read_parquet(path)
+
+
 def mean_distance(pictures, others):
     """RMS between pictures, averaged over them."""
     return (pictures - others).pow(2).mean((1, 2, 3)).sqrt().mean().item()
+
+
+class BigBed(Bed):
+    """Scenes of 128 pixels in the tiny VAE's latents, and a UNet of 39 M parameters that learned them from nothing.
+
+    Its training is saved at `path` now and then, and goes on from there; at the time `end` it stops with a message.
+    """
+
+    latent_size, resolution = 16, 128
+    architecture = {"block_out_channels": [192, 384], "layers_per_block": 2, "sample_size": 16}
+    num_steps, batch_size, num_latents, learning_rate, saved_every = 6000, 256, 32_768, 4e-4, 500
+    early = 0.3  # share of the training after which the UNet is kept as another source of pictures
+    num_foreign, num_own_prompts = 4096, 1400
+
+    def __init__(self, device, path, end=None):
+        super().__init__(device)
+        torch.set_float32_matmul_precision("high")
+        self.unet, self.early_unet = (self.new_unet() for _ in range(2))
+        self.train_base(path, end)
+
+    def new_unet(self):
+        torch.manual_seed(BASE_SEED)
+        config = {**self.unet.config, **self.architecture}
+        return UNet2DConditionModel.from_config(config).to(self.device).requires_grad_(False)
+
+    def train_base(self, path, end):
+        """Leaves the weights in `unet` and `early_unet`. Each step draws by its own number, so that it can go on."""
+        unet = self.unet.requires_grad_(True)
+        optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=1e-2)
+        parts, step = {"unet": unet, "early_unet": self.early_unet, "optimizer": optimizer}, 0
+        if path.exists():
+            saved = torch.load(path, map_location=self.device)
+            step = saved.pop("step")
+            for name, state in saved.items():
+                parts[name].load_state_dict(state)
+        mean, std, scenes = self.rendered_latents() if step < self.num_steps else (None, None, None)
+        while step < self.num_steps:
+            generator = torch.Generator().manual_seed(BASE_SEED + step)
+            rows = torch.randint(len(mean), (self.batch_size,), generator=generator)
+            t = torch.randint(len(self.alpha_bar), (len(rows),), generator=generator).to(self.device)
+            draws = torch.randn(2, len(rows), *mean.shape[1:], generator=generator).to(self.device)
+            captions = [caption(scene) for scene in corrupt(scenes[rows], WRONG_CAPTIONS, generator)]
+            x_t = smpo.add_noise(mean[rows] + std[rows] * draws[0], draws[1], self.alpha_bar[t])
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+                eps = smpo.call_unet(unet, x_t, t, smpo.encode_prompts(captions, self.text))
+            F.mse_loss(eps.float(), draws[1]).backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / self.num_steps)
+            optimizer.param_groups[0]["lr"] = self.learning_rate * min(1, (step + 1) / 200) * decay
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if step == int(self.early * self.num_steps):
+                self.early_unet.load_state_dict(unet.state_dict())
+            late = end is not None and time.monotonic() > end
+            if late or step % self.saved_every == 0 or step == self.num_steps:
+                torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, path)
+            if late:
+                raise SystemExit(f"base model: step {step} of {self.num_steps}; the same command goes on.")
+        unet.requires_grad_(False)
+
+    @torch.no_grad()
+    def rendered_latents(self):
+        """Posteriors of pictures that the base learns from: mean and standard deviation; and their scenes."""
+        generator, found = torch.Generator().manual_seed(BASE_SEED), []
+        for _ in range(0, self.num_latents, BATCH):
+            scenes = random_scenes(BATCH, generator)
+            pictures = render(scenes, random_vividness(BATCH, generator), generator, self.resolution)
+            found.append((*self.encode(pictures), scenes))
+        return [torch.cat(parts) for parts in zip(*found)]
+
+    @torch.no_grad()
+    def foreign_pairs(self):
+        """Fresh pairs of three sources: careful and careless renders, and the base model early in its training."""
+        n, generator = 2 * self.num_foreign, torch.Generator().manual_seed(FOREIGN_SEED)
+        prompts = self.training_prompts(n, generator)
+        source = torch.randint(3, (2 * n,), generator=generator)
+        pictures = renders(prompts.scenes.repeat(2, 1), source == 0, generator, self.resolution)
+        early = (source == 2).nonzero()[:, 0]
+        drawn = self.sample(self.early_unet, prompts[early % n], 1, generator, OWN_SAMPLING_STEPS)
+        pictures[early] = self.decode(drawn).cpu()
+        prompts, pictures = self.told_apart(prompts, pictures)
+        first = torch.arange(self.num_foreign)
+        return self.labelled(prompts[first], pictures[torch.cat([first, first + len(prompts.scenes)])])
+
+    def own_pairs(self):
+        return super().own_pairs(self.num_own_prompts)
 
 
 def draw_batch(pairs, labels, chosen, seed, step, num_train_timesteps=1000):
@@ -280,17 +439,15 @@ def draw_batch(pairs, labels, chosen, seed, step, num_train_timesteps=1000):
     generator = torch.Generator().manual_seed(1_000_000 * seed + step)
     images = torch.cat([chosen, chosen + len(pairs)])
     mean, std = pairs.mean[images], pairs.std[images]
-    x_0 = mean + std * torch.randn(mean.shape, generator=generator)
+    x_0 = mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
     t = torch.randint(num_train_timesteps, (len(chosen),), generator=generator).repeat(2)
     noise = torch.randn(len(chosen), *mean.shape[1:], generator=generator).repeat(2, 1, 1, 1)
-    return x_0, pairs.states[chosen].repeat(2, 1, 1), t, noise, labels[chosen]
+    return x_0, pairs.states[chosen].repeat(2, 1, 1), t, noise.to(mean.device), labels[chosen]
 
 
 def order_of(num_pairs, num_drawn, seed):
-    """Which pairs are trained on, in order: permutations of all, one after another, int64 `[num_drawn]`."""
-    rng = np.random.default_rng([seed, 1])
-    permutations = [rng.permutation(num_pairs) for _ in range(-(-num_drawn // num_pairs))]
-    return torch.from_numpy(np.concatenate(permutations)[:num_drawn])
+    """Which pairs are trained on, in order and none twice, int64 `[num_drawn]`."""
+    return torch.from_numpy(np.random.default_rng([seed, 1]).permutation(num_pairs)[:num_drawn])
 
 
 def read_pairs(split):

@@ -4,8 +4,8 @@
     python tests/ablation/make_tables.py
 
 writes the tables into `README.md`, each between its markers. An interval is 95 % of Student's
-t over seeds. A gain is over the base model at the same seed, that is with the same prompts and initial noise, and a
-difference between two rows is taken seed by seed too.
+t over seeds, of three and more. A gain is over the base model at the same seed, that is with the same prompts and
+initial noise, and a difference between two rows is taken seed by seed too.
 """
 
 import argparse
@@ -18,30 +18,20 @@ import numpy as np
 import pandas as pd
 
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS, RESULTS_GPU = (Path(__file__).parent / name for name in ("results", "results_gpu"))
 README = Path(__file__).parent / "README.md"
 NAMES = {
-    "forward": "forward (Diffusion-DPO)",
-    "ddim": "DDIM, 9 moves",
     "last": "ReNoise, last of 9 moves",
+    "ddim": "DDIM, 9 moves",
     "every": "ReNoise, every one of 5 moves",
-    "every_9": "ReNoise, every one of 9 moves",
     "released": "released code, 5 levels",
-    "last_mixed": "half random, half last of 9",
+    "mixed": "half random, half last of 9",
     "every_mixed": "half random, half every one of 5",
+    "quarter": "a quarter random, the rest last of 9",
+    "overshoot": "DDIM to where the released code ends",
+    "forward": "forward (Diffusion-DPO)",
 }
-# "a b": what a gains over b at 32 steps, or at the step after the @
-COMPARISONS = """
-ddim_hard forward_hard,        last_hard forward_hard,        every_hard forward_hard,
-last_hard forward_hard@80,     every_hard forward_hard@80,    last_hard ddim_hard,
-every_hard ddim_hard,          every_hard last_hard,          last_soft last_hard,
-every_soft every_hard,         forward_soft forward_hard,     last_soft forward_hard,
-every_soft forward_hard,       last_soft forward_soft,        every_soft forward_soft,
-every_soft last_soft,          released_hard every_hard,      last_mixed_hard last_hard,
-last_mixed_hard forward_hard,  last_mixed_hard forward_hard@80,  every_mixed_hard every_hard,
-every_mixed_hard forward_hard, last_mixed_soft last_mixed_hard,  last_mixed_soft forward_soft
-"""
-STEPS = 32
+DEFAULT, CHEAPEST, COMMON_RATE = "last_soft", "forward_soft", 5e-5
 
 
 # Statistics
@@ -90,36 +80,22 @@ def holm(p_values):
 # Reading
 
 
-def read_runs(results):
-    """The runs of `runs.csv`, each with its gain in reward and judge over the base at the same prompts and seed.
-
-    Raises:
-        ValueError: a row of the grid has two results, as when it was tuned anew and the old ones are still there.
-    """
-    runs = pd.read_csv(results / "runs.csv").drop_duplicates()  # two processes may have met
+def read_runs(path):
+    """The runs of a CSV, each with its gain in reward and judge over the base at the same prompts and seed."""
+    runs = pd.read_csv(path).drop_duplicates()  # two processes may have met
     base = runs[runs["part"] == "base"].set_index(["prompts", "seed"])[["reward", "judge"]].add_suffix("_of_base")
     runs = runs[runs["part"] != "base"].join(base, on=["prompts", "seed"])
-    order = [f"{name}_{labels}" for name in NAMES for labels in ("hard", "soft")]
+    order = [f"{name}_{labels}" for labels in ("soft", "hard") for name in NAMES]
     runs = runs.sort_values("name", key=lambda names: names.map(order.index), kind="stable")
     runs["gain"], runs["judge_gain"] = (runs[name] - runs[f"{name}_of_base"] for name in ("reward", "judge"))
-    key = ["name", "pairs", "seed", "step"]
-    grid = runs[runs["part"] == "grid"]
-    twice = grid[grid.duplicated(key)]
-    if len(twice):
-        raise ValueError(
-            f"runs.csv has two results of {', '.join(map(str, twice[key].iloc[0]))} (name, pairs, seed, step), with"
-            " other learning rates or betas: delete those of before the row was tuned anew."
-        )
     return runs
 
 
-def chosen_by_tuning(runs, group):
-    """The reports of each group at the setting with the best mean gain on tuning prompts, of those with most seeds."""
-    setting = ["name", "learning_rate", "beta", "step"]
-    tuning = runs[runs["prompts"] == "tuning"].groupby(setting)["gain"].agg(["mean", "count"]).reset_index()
-    tuning = tuning[tuning["count"] == tuning.groupby(group)["count"].transform("max")]
-    best = tuning.loc[tuning.groupby(group)["mean"].idxmax(), setting]
-    return runs[runs["prompts"] == "report"].merge(best, on=setting)
+def chosen_by_tuning(reported, tuning):
+    """The reports of each row at the rate and step with the best mean gain at tuning."""
+    setting = ["name", "learning_rate", "step"]
+    means = tuning.groupby(setting)["gain"].mean().reset_index()
+    return reported.merge(means.loc[means.groupby("name")["gain"].idxmax(), setting], on=setting)
 
 
 # Writing
@@ -135,9 +111,14 @@ def title(name):
     return f"{NAMES[noising]}, {labels}"
 
 
+def titled(tables):
+    """Those of the tables that there are, under their names."""
+    return "\n\n".join(f"**{name[0].upper()}{name[1:]}**\n\n{text}" for name, text in tables.items() if text)
+
+
 def with_interval(values, digits=2, sign=""):
     mean, half = mean_interval(values)
-    return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 2 else "")
 
 
 def inversion_table(rows):
@@ -150,30 +131,22 @@ def inversion_table(rows):
     return table(["variant", f"UNet calls at t = {means.columns[-1]}", *(f"t = {t}" for t in means)], lines)
 
 
-def tuning_table(runs):
-    """Mean reward gain of every row at every learning rate and beta, the best in bold."""
-    means = runs.pivot_table("gain", "name", ["beta", "learning_rate"], sort=False).sort_index(axis=1)
-    lines = [
-        [title(name), *(f"**{gain:+.1f}**" if gain == gains.max() else f"{gain:+.1f}" for gain in gains)]
-        for name, gains in means.iterrows()
-    ]
-    return table(["row", *(f"lr {rate:g}, beta {beta:g}" for beta, rate in means.columns)], lines)
-
-
 def results_table(runs):
     """Scores of every row and step over the seeds."""
     lines = []
     for (name, step), group in runs.groupby(["name", "step"], sort=False):
-        rate, beta = (f"{group[column].iloc[0]:g}" for column in ("learning_rate", "beta"))
+        rate = f"{group['learning_rate'].iloc[0]:g}"
         cells = [with_interval(group[score], sign="+") for score in ("gain", "judge_gain")]
         cells += [with_interval(group[score], 3) for score in ("accuracy", "distance", "diversity")]
-        lines.append([title(name), rate, beta, step, f"{group['unet_calls'].mean():.0f}", *cells, len(group)])
-    header = ["row", "learning rate", "beta", "steps", "UNet calls", "reward gain", "judge gain", "accuracy"]
+        lines.append([title(name), rate, step, f"{group['unet_calls'].mean():.0f}", *cells, len(group)])
+    header = ["row", "learning rate", "steps", "UNet calls", "reward gain", "judge gain", "accuracy"]
     return table([*header, "distance to base", "diversity", "seeds"], lines)
 
 
 def comparison_table(pairs_of_runs):
     """Paired differences of reward and judge gain with their p-values, as they are and adjusted for their number.
+
+    Of three seeds and more; None if nothing has as many.
 
     Args:
         pairs_of_runs: `{text: (runs, other runs)}`, each with a row a seed.
@@ -181,8 +154,10 @@ def comparison_table(pairs_of_runs):
     found = []
     for text, groups in pairs_of_runs.items():
         a, b = (group.set_index("seed") for group in groups)
-        if len(a.index.intersection(b.index)) > 1:
+        if len(a.index.intersection(b.index)) > 2:
             found.append((text, *paired(a["gain"], b["gain"]), *paired(a["judge_gain"], b["judge_gain"])))
+    if not found:
+        return None
     found = pd.DataFrame(found, columns=["text", "reward", "half", "p", "judge", "judge_half", "judge_p"])
     found["holm"], found["judge_holm"] = holm(found["p"]), holm(found["judge_p"])
     lines = [
@@ -193,59 +168,63 @@ def comparison_table(pairs_of_runs):
     return table(["difference", "reward", "p", "p, Holm", "judge", "p", "p, Holm"], lines)
 
 
-def comparisons_of_grid(runs):
-    def at(place):
-        name, _, step = place.partition("@")
-        return runs[(runs["name"] == name) & (runs["step"] == int(step or STEPS))]
-
-    def words(place):
-        name, _, step = place.partition("@")
-        return title(name) + (f" ({step} steps)" if step else "")
-
-    places = [text.split() for text in COMPARISONS.split(",")]
-    return comparison_table({f"{words(a)}, over {words(b)}": (at(a), at(b)) for a, b in places})
+def over(name, step, runs, steps):
+    """What every row gains over `name` after `step` steps, itself after `steps`."""
+    rows, label = (
+        dict(list(runs.groupby(["name", "step"], sort=False))),
+        "the default" if name == DEFAULT else title(name),
+    )
+    words = ("", "") if steps == step else (f", {steps} steps", f", {step} steps")
+    others = {f"{title(row)}{words[0]}, over {label}{words[1]}": (rows[row, steps], rows.get((name, step), runs[:0]))
+              for row, at in rows if at == steps and row != name}  # fmt: skip
+    return comparison_table(others)
 
 
 def calm_tables(runs):
-    """For each source of pairs: equal steps, what rows gain over the default at the last of them, early stopping."""
-    texts = []
+    """For each source of pairs: every row at one rate, what it gains over two of them, and tuned rows."""
+    tables = {}
     for pairs, of_pairs in runs.groupby("pairs"):
-        by_step = chosen_by_tuning(of_pairs, ["name", "step"])
-        last = dict(list(by_step[by_step["step"] == by_step["step"].max()].groupby("name", sort=False)))
-        default = last.pop("last_soft", by_step[:0])
-        others = {f"{title(name)}, over the default": (rows, default) for name, rows in last.items()}
-        texts += [f"**{pairs} pairs, equal steps**", results_table(by_step), comparison_table(others)]
-        texts += [f"**{pairs} pairs, early stopping**", results_table(chosen_by_tuning(of_pairs, ["name"]))]
-    return "\n\n".join(texts)
+        reported = of_pairs[of_pairs["part"] == "calm"]
+        same = reported[reported["learning_rate"] == COMMON_RATE]
+        first, last = same["step"].min(), same["step"].max()
+        tuned = chosen_by_tuning(reported, of_pairs[of_pairs["part"] == "tune"])
+        tables |= {
+            f"{pairs} pairs": results_table(same),
+            f"{pairs} pairs, equal steps": over(DEFAULT, last, same, last),
+            f"{pairs} pairs, about equal UNet calls": over(CHEAPEST, last, same, first),
+            f"{pairs} pairs, rate and step by the tuning prompts": results_table(tuned) if len(tuned) else None,
+        }
+    return titled(tables)
 
 
-def ascent_table(rows):
-    """Reward gained by a step along the gradient of each noising."""
-    rows = rows.fillna("").set_index(["noising", "pairs", "labels"])
-    cells = {key: f"{row['gain']:+.2f} ± {1.96 * row['error']:.2f}" for key, row in rows.iterrows()}
-    columns = [(pairs, kind) for pairs in ("foreign", "own") for kind in ("hard", "soft")]
-    lines = [[NAMES[name], *(cells[name, *column] for column in columns)] for name in NAMES]
-    lines.append(["a random step", cells["random", "", ""], "", "", ""])
-    return table(["along the gradient of", *(f"{pairs} pairs, {kind} labels" for pairs, kind in columns)], lines)
+def grid_tables(runs):
+    """For each source of pairs: every row of the grid as it was tuned, and what it gains over the default."""
+    tables = {}
+    for pairs, some in runs.groupby("pairs"):
+        step = some["step"].max()
+        name = f"{pairs} pairs, grid"
+        tables |= {name: results_table(some), f"{name}, equal steps": over(DEFAULT, step, some, step)}
+    return titled(tables)
+
+
+def gradients_table(rows):
+    """Size, agreement and cosine with forward noise's gradient, of every noising by quarter of t."""
+    rows = rows.set_index(["noising", "quarter"])
+    cells = rows.apply(lambda row: f"{1000 * row['size']:.2f} / {row['agreement']:.2f} / {row['forward']:.2f}", axis=1)
+    lines = [[NAMES[name], *cells[name].sort_index()] for name in NAMES if name in cells]
+    return table(["gradient of", *(f"quarter {quarter + 1} of t" for quarter in range(4))], lines)
 
 
 def make_tables(results):
     """The tables of what there is, by the names in their markers."""
-    runs = read_runs(results)
-    part, pairs = runs["part"], runs["pairs"]
-    foreign, own = (runs[(part == "grid") & (pairs == source)] for source in ("foreign", "own"))
-    made = {
-        "grid": (results_table, foreign[foreign["step"] >= STEPS]),
-        "comparison": (comparisons_of_grid, foreign),
-        "own": (results_table, own[own["step"] >= STEPS]),
-        "own comparison": (comparisons_of_grid, own),
-        "tuning": (tuning_table, runs[part == "tune"]),
-        "calm": (calm_tables, runs[part == "calm"]),
+    makers = {
+        "runs": lambda path: calm_tables(read_runs(path)),
+        "grid": lambda path: grid_tables(read_runs(path)),
+        "inversion": lambda path: inversion_table(pd.read_csv(path)),
+        "gradients": lambda path: gradients_table(pd.read_csv(path)),
     }
-    for name, maker in {"inversion": inversion_table, "ascent": ascent_table}.items():
-        path = results / f"{name}.csv"
-        made[name] = maker, pd.read_csv(path) if path.exists() else ()
-    return {name: maker(rows) for name, (maker, rows) in made.items() if len(rows)}
+    paths = {name: results / f"{name}.csv" for name in makers}
+    return {name: makers[name](path) for name, path in paths.items() if path.exists()}
 
 
 def with_tables(text, tables):
@@ -264,7 +243,10 @@ def parse_args(input_args=None):
 
 
 def main(args):
-    args.readme.write_text(with_tables(args.readme.read_text(), make_tables(args.results)))
+    tables = make_tables(args.results)
+    if args.results == RESULTS and RESULTS_GPU.exists():
+        tables |= {f"{name} gpu": text for name, text in make_tables(RESULTS_GPU).items()}
+    args.readme.write_text(with_tables(args.readme.read_text(), tables))
 
 
 if __name__ == "__main__":

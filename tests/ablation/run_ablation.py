@@ -1,12 +1,12 @@
 # Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
-"""The paper's ablation on the tiny model, where every row can be trained many times on a CPU.
+"""The paper's ablation on a small model, where every row can be trained many times.
 
-    python tests/ablation/run_ablation.py all      # or some of: inversion ascent tune grid calm
+    python tests/ablation/run_ablation.py all      # or some of: inversion gradients calm tune
     python tests/ablation/make_tables.py           # its tables in README.md
 
 A result that is in the CSV is not computed again, so a stopped run goes on where it was; processes share the work with
-different --seeds. `tune` chooses learning rate and beta of every row of `grid` by the mean of some seeds, on prompts
-that are not reported. `calm`, with many pairs a step, evaluates each of its learning rates on both sets of prompts.
+different --seeds. `calm` trains the rows, all at one rate, and those that `tune` has been through at their best too.
+With `--scale gpu` it is all done with a larger base model, which is trained first (`--base_model`).
 """
 
 import argparse
@@ -19,52 +19,46 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from bed import Bed, Row, draw_batch, order_of, smpo
-from make_tables import RESULTS
+from bed import Bed, BigBed, Row, draw_batch, order_of, smpo
+from make_tables import RESULTS, RESULTS_GPU
 from tqdm import tqdm
 
 
-MAX_GRAD_NORM = 1.0
+MAX_GRAD_NORM, WARMUP_STEPS = 1.0, 3
 EVERY = {"renoise_at": "every_move", "num_inversion_steps": 5}
 NOISINGS = {
     "forward": Row("forward"),
     "ddim": Row("ddim"),
     "last": Row(),
     "every": Row(**EVERY),
-    "every_9": Row(renoise_at="every_move"),
     "released": Row("released", num_inversion_steps=5),
-    "last_mixed": Row(noise_share=0.5),
-    "every_mixed": Row(noise_share=0.5, **EVERY),
+    "mixed": Row(noise_share=0.5),
+    "overshoot": Row("ddim", overshoot=5),
+    "quarter": Row(noise_share=0.25),
 }
 ROWS = {f"{name}_hard": row for name, row in NOISINGS.items()}
 ROWS |= {f"{name}_soft": dataclasses.replace(row, labels="soft", gamma=10.0) for name, row in NOISINGS.items()}
+MAIN_ROWS = ("last_soft", "released_soft", "forward_soft", "mixed_soft", "ddim_soft", "every_soft")
+BLOCKS = [  # what `calm` trains, the most important first
+    ("foreign", MAIN_ROWS),
+    ("own", MAIN_ROWS),
+    ("foreign", ("overshoot_soft", "quarter_soft")),
+    ("foreign", tuple(name.replace("soft", "hard") for name in MAIN_ROWS)),
+    ("own", tuple(name.replace("soft", "hard") for name in MAIN_ROWS)),
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is trained, how often, how long, and at which rates."""
+    """What a scale trains with: pairs of a step, steps after which it is scored, seeds."""
 
-    rows: tuple
+    pairs_per_step: int
+    evaluated: tuple
     seeds: tuple
-    evaluated: tuple  # steps; the last one ends a run
-    pairs_per_step: int = 8
-    warmup_steps: int = 5
-    learning_rates: tuple = ()
-    betas: tuple = ()
 
 
-GRID_ROWS = (
-    "forward_hard", "ddim_hard", "last_hard", "every_hard", "last_soft", "every_soft", "forward_soft", "released_hard",
-    "last_mixed_hard", "every_mixed_hard", "last_mixed_soft",
-)  # fmt: skip
-CALM_ROWS = tuple(name for name in ROWS if not name.startswith(("every_9", "every_mixed")))
-TUNE = Settings(GRID_ROWS, (100, 101), (32,), 8, 5, (1e-5, 2e-5, 3e-5, 5e-5, 7e-5), (200.0, 2000.0))
-GRID = {
-    "foreign": Settings(GRID_ROWS, tuple(range(10)), (8, 16, 32)),
-    "own": Settings(GRID_ROWS[:8], tuple(range(5)), (16, 32)),
-}
-FORWARD_STEPS = 80  # of forward noising on foreign pairs: the UNet calls of 32 steps with 10 an image, at 4 an image
-CALM = Settings(CALM_ROWS, tuple(range(5)), (4, 8, 16), 96, 3, (2e-5, 5e-5, 1e-4), (200.0,))
+SCALES = {"cpu": Settings(96, (4, 8), tuple(range(5))), "gpu": Settings(256, (4, 8), tuple(range(3)))}
+TUNE_SEEDS, LEARNING_RATES = (100, 101), (2e-5, 5e-5, 1e-4)
 
 SCORES = ["reward", "judge", "accuracy", "diversity", "distance"]
 RUN_KEY = ["part", "name", "pairs", "seed", "pairs_per_step", *(field.name for field in dataclasses.fields(Row))]
@@ -80,8 +74,7 @@ VARIANTS = {
     **{f"released code, {n} levels": Row("released", num_inversion_steps=n) for n in (5, 10)},
     "forward noise": Row("forward"),
 }
-ASCENT_SEED, ASCENT_BATCHES, ASCENT_PAIRS = 3000, 5, 16  # batches of a gradient; pairs of a batch
-ASCENT_STEP, ASCENT_IMAGES = 3e-4, 4  # change of each weight; images of each of the tuning prompts
+GRADIENT_SEED, GRADIENT_PAIRS = 3000, 32  # pairs of each of two sets
 
 
 # Results
@@ -108,13 +101,13 @@ def key_of(row, key):
 # Training
 
 
-def train(bed, row, pairs, seed, settings, steps):
+def train(bed, row, pairs, seed, pairs_per_step, steps):
     """Trains the base model as `row` says, and yields (UNet, UNet calls so far) after every step."""
     unet, unet_calls = bed.new_policy(), 0
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=row.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / settings.warmup_steps))
-    order = order_of(len(pairs), steps * settings.pairs_per_step, seed).split(settings.pairs_per_step)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / WARMUP_STEPS))
+    order = order_of(len(pairs), steps * pairs_per_step, seed).split(pairs_per_step)
     for step, chosen in enumerate(order, 1):
         loss, calls = bed.loss(row, unet, draw_batch(pairs, pairs.labels(row.labels), chosen, seed, step))
         loss.backward()
@@ -129,9 +122,8 @@ def train(bed, row, pairs, seed, settings, steps):
 class Lab:
     """The bed, its pairs, prompts and base scores, each made when first asked for, and where results go."""
 
-    def __init__(self, results, seeds=None, time_limit=None):
-        self.results, self.seeds, self.bed = results, seeds, Bed()
-        self.end = time.monotonic() + time_limit if time_limit else None
+    def __init__(self, results, settings, bed, seeds=None, end=None):
+        self.results, self.settings, self.bed, self.seeds, self.end = results, settings, bed, seeds, end
 
     @functools.cache
     def pairs(self, name):
@@ -153,61 +145,54 @@ class Lab:
                 raise SystemExit(f"{part}: the time limit is reached; the same command goes on.")
             yield job
 
-    def run(self, part, name, row, seed, settings, pairs="foreign", prompts=("report",), evaluated=None):
+    def run(self, part, name, seed, learning_rate, pairs, prompts):
         """One training run, appended to `runs.csv` as a whole, unless it is there; and the base's scores."""
-        path, evaluated = self.results / "runs.csv", evaluated or settings.evaluated
+        path, settings = self.results / "runs.csv", self.settings
+        row = dataclasses.replace(ROWS[name], learning_rate=learning_rate)
         about = {"part": part, "name": name, "pairs": pairs, "seed": seed, "pairs_per_step": settings.pairs_per_step}
         about |= vars(row)
-        for some in prompts:
-            base = {**dict.fromkeys(RUN_COLUMNS, ""), "part": "base", "seed": seed, "prompts": some, "step": 0}
-            if key_of(base, [*RUN_KEY, "prompts"]) not in known(path, [*RUN_KEY, "prompts"]):
-                append(path, [base | self.base(some, seed)[0]], RUN_COLUMNS)
+        base = {**dict.fromkeys(RUN_COLUMNS, ""), "part": "base", "seed": seed, "prompts": prompts, "step": 0}
+        if key_of(base, [*RUN_KEY, "prompts"]) not in known(path, [*RUN_KEY, "prompts"]):
+            append(path, [base | self.base(prompts, seed)[0]], RUN_COLUMNS)
         if key_of(about, RUN_KEY) in known(path, RUN_KEY):
             return
-        rows = []
-        steps = train(self.bed, row, self.pairs(pairs), seed, settings, evaluated[-1])
+        rows, evaluated = [], settings.evaluated
+        steps = train(self.bed, row, self.pairs(pairs), seed, settings.pairs_per_step, evaluated[-1])
         for step, (unet, calls) in enumerate(steps, 1):
-            for some in prompts if step in evaluated else ():
-                scores, _ = self.bed.evaluate(unet, self.prompts(some), seed, self.base(some, seed)[1])
-                rows.append({**about, "prompts": some, "step": step, "unet_calls": calls, **scores})
+            if step in evaluated:
+                scores, _ = self.bed.evaluate(unet, self.prompts(prompts), seed, self.base(prompts, seed)[1])
+                rows.append({**about, "prompts": prompts, "step": step, "unet_calls": calls, **scores})
         append(path, rows, RUN_COLUMNS)
-
-    def tuned(self, name):
-        """`ROWS[name]` with the learning rate and beta that were best at tuning, by the labelling model's reward."""
-        runs = pd.read_csv(self.results / "runs.csv")
-        runs = runs[(runs["part"] == "tune") & (runs["name"] == name)]
-        rewards = runs.pivot_table(index=["learning_rate", "beta"], columns="seed", values="reward")
-        rewards = rewards.reindex(columns=TUNE.seeds).dropna()
-        if len(rewards) < len(TUNE.learning_rates) * len(TUNE.betas):
-            raise SystemExit(f"{name} is not tuned yet: run_ablation.py tune comes first.")
-        learning_rate, beta = rewards.mean(axis=1).idxmax()
-        return dataclasses.replace(ROWS[name], learning_rate=learning_rate, beta=beta)
 
 
 # Parts
 
 
-def tune(lab):
-    for seed, name, learning_rate, beta in lab.jobs("tune", TUNE.seeds, TUNE.rows, TUNE.learning_rates, TUNE.betas):
-        row = dataclasses.replace(ROWS[name], learning_rate=learning_rate, beta=beta)
-        lab.run("tune", name, row, seed, TUNE, prompts=["tuning"])
-
-
-def grid(lab):
-    """Every row as tuned, on pairs of other sources and on the base model's own samples."""
-    for pairs, settings in GRID.items():
-        for seed, name in lab.jobs(f"grid, {pairs}", settings.seeds, settings.rows):
-            longer = pairs == "foreign" and name.startswith("forward")
-            evaluated = [*settings.evaluated, FORWARD_STEPS] if longer else None
-            lab.run("grid", name, lab.tuned(name), seed, settings, pairs, evaluated=evaluated)
-
-
 def calm(lab):
-    """Many pairs a step, and every rate to the end: which rate and step count is read off the tuning prompts."""
-    jobs = lab.jobs("calm", CALM.seeds, ["foreign", "own"], CALM.rows, CALM.learning_rates, CALM.betas)
-    for seed, pairs, name, learning_rate, beta in jobs:
-        row = dataclasses.replace(ROWS[name], learning_rate=learning_rate, beta=beta)
-        lab.run("calm", name, row, seed, CALM, pairs, ["tuning", "report"])
+    """The rows on pairs of other sources and on the base model's own samples, none of which is seen twice."""
+    for pairs, names in BLOCKS:
+        for seed, name in lab.jobs(f"calm, {pairs}", lab.settings.seeds, names):
+            for rate in sorted({Row().learning_rate, tuned_rate(lab.results, name, pairs)}):
+                lab.run("calm", name, seed, rate, pairs, "report")
+
+
+def tune(lab):
+    """Other rates, with seeds and prompts of their own."""
+    for pairs, names in BLOCKS:
+        for seed, name, rate in lab.jobs(f"tune, {pairs}", TUNE_SEEDS, names, LEARNING_RATES):
+            lab.run("tune", name, seed, rate, pairs, "tuning")
+
+
+def tuned_rate(results, name, pairs):
+    """The rate with the best mean reward at its best step, or the common one where `tune` has not been through."""
+    if not (results / "runs.csv").exists():
+        return Row().learning_rate
+    runs = pd.read_csv(results / "runs.csv")
+    runs = runs[(runs["part"] == "tune") & (runs["name"] == name) & (runs["pairs"] == pairs)]
+    rewards = runs.pivot_table(index=["learning_rate", "step"], columns="seed", values="reward")
+    rewards = rewards.reindex(columns=TUNE_SEEDS).dropna().mean(axis=1)
+    complete = len(rewards.index.unique("learning_rate")) == len(LEARNING_RATES) if len(rewards) else False
+    return rewards.idxmax()[0] if complete else Row().learning_rate
 
 
 @torch.no_grad()
@@ -217,7 +202,7 @@ def inversion(lab):
     for seed, timestep in lab.jobs("inversion", INVERSION_SEEDS, INVERSION_TIMESTEPS):
         if (str(seed), str(timestep)) in known(path, ["seed", "t"]):
             continue
-        pairs, generator = lab.pairs("foreign"), torch.Generator().manual_seed(seed)
+        pairs, generator = lab.pairs("stored"), torch.Generator().manual_seed(seed)
         images = torch.randperm(len(pairs.mean), generator=generator)[:INVERSION_IMAGES]
         x_0 = pairs.mean[images]
         x_0 = x_0 + pairs.std[images] * torch.randn(x_0.shape, generator=generator)
@@ -237,40 +222,33 @@ def inversion(lab):
         append(path, rows)
 
 
-def ascent(lab):
-    """What a step along the gradient of each noising does to the reward: how much of a preference arrives.
+def gradients(lab):
+    """Size and direction of the gradient of each noising, by quarter of t: what there is of a preference, and where.
 
-    The step is Adam's first: every weight by `ASCENT_STEP` in the direction of its gradient's sign. The gain is half
-    the difference between a step forward and one back, for the same prompts and noise; its error that of the mean
-    over images.
+    `size` is the RMS over weights of the gradient over two sets of pairs, `agreement` the cosine between that of one
+    set and that of the other, `forward` its cosine with the gradient of random noise on the same pairs.
     """
-    path, bed, prompts = lab.results / "ascent.csv", lab.bed, lab.prompts("tuning")
-    weights, texts = flat(bed.unet.parameters()), prompts.texts.repeat_interleave(ASCENT_IMAGES, 0)
-
-    def write(pairs, name, directions):
+    path, bed = lab.results / "gradients.csv", lab.bed
+    for _, quarter in lab.jobs("gradients", [GRADIENT_SEED], range(4)):
+        if (str(quarter),) in known(path, ["quarter"]):
+            continue
+        pairs, unet, found = lab.pairs("foreign"), bed.new_policy(), {}
+        order = order_of(len(pairs), 2 * GRADIENT_PAIRS, GRADIENT_SEED).split(GRADIENT_PAIRS)
+        for half, chosen in enumerate(order):
+            x_0, states, t, *rest = draw_batch(pairs, pairs.soft, chosen, GRADIENT_SEED, half)
+            batch = x_0, states, (len(bed.alpha_bar) * quarter + t) // 4, *rest
+            for name, row in NOISINGS.items():
+                found[name, half] = preference_gradient(bed, row, unet, batch).double()
         rows = []
-        for kind, direction in directions.items():
-            rewards = []
-            for step in (ASCENT_STEP, -ASCENT_STEP):
-                unet, generator = bed.new_policy(), torch.Generator().manual_seed(ASCENT_SEED)
-                torch.nn.utils.vector_to_parameters(weights + step * direction.sign(), unet.parameters())
-                with torch.no_grad():
-                    pictures = bed.decode(bed.sample(unet, prompts, ASCENT_IMAGES, generator))
-                    rewards.append(bed.rewards(pictures, texts))
-            gains = (rewards[0] - rewards[1]) / 2
-            about = {"pairs": pairs, "noising": name, "labels": kind}
-            rows.append({**about, "gain": gains.mean().item(), "error": (gains.std() / len(gains) ** 0.5).item()})
+        for name in NOISINGS:
+            whole = {key: (found[key, 0] + found[key, 1]) / 2 for key in (name, "forward")}
+            numbers = {
+                "size": whole[name].pow(2).mean().sqrt(),
+                "agreement": torch.cosine_similarity(found[name, 0], found[name, 1], dim=0),
+                "forward": torch.cosine_similarity(whole[name], whole["forward"], dim=0),
+            }
+            rows.append({"quarter": quarter, "noising": name} | {key: x.item() for key, x in numbers.items()})
         append(path, rows)
-
-    if ("", "random") not in known(path, ["pairs", "noising"]):
-        write("", "random", {"": torch.randn(weights.shape, generator=torch.Generator().manual_seed(ASCENT_SEED))})
-    for _, source, name in lab.jobs("ascent", [ASCENT_SEED], ["foreign", "own"], NOISINGS):
-        if (source, name) not in known(path, ["pairs", "noising"]):
-            pairs, unet = lab.pairs(source), bed.new_policy()
-            order = order_of(len(pairs), ASCENT_BATCHES * ASCENT_PAIRS, ASCENT_SEED).split(ASCENT_PAIRS)
-            batches = [draw_batch(pairs, pairs.soft, chosen, ASCENT_SEED, k) for k, chosen in enumerate(order)]
-            gradients = [preference_gradients(bed, NOISINGS[name], unet, batch) for batch in batches]
-            write(source, name, {kind: sum(gradient[kind] for gradient in gradients) for kind in gradients[0]})
 
 
 def preference_gradients(bed, row, unet, batch):
@@ -288,17 +266,32 @@ def preference_gradients(bed, row, unet, batch):
     return gradients
 
 
+def preference_gradient(bed, row, unet, batch):
+    """Where the preferences of a batch push the base model `unet`, as one vector.
+
+    It is the gradient of -(2 p_0 - 1) (error of image 0 - error of image 1), mean over the pairs, in which the loss is
+    linear where policy and reference are the same.
+    """
+    error_0, error_1 = bed.errors(row, unet, batch)[0].chunk(2)
+    aim = -((2 * batch[-1] - 1) * (error_0 - error_1)).mean()
+    return flat(torch.autograd.grad(aim, list(unet.parameters())))
+
+
 def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-PARTS = {"inversion": inversion, "ascent": ascent, "tune": tune, "grid": grid, "calm": calm}
+PARTS = {part.__name__: part for part in (inversion, gradients, calm, tune)}
 
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["all", *PARTS], help="What to run, in this order.")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the CSVs.")
+    parser.add_argument(
+        "--scale", choices=list(SCALES), default="cpu", help="The tiny model, or a larger one on a GPU."
+    )
+    parser.add_argument("--base_model", type=Path, default=Path("ablation_base.pt"), help="Of --scale gpu: its file.")
+    parser.add_argument("--results", type=Path, help="Folder of the CSVs; results or results_gpu beside this file.")
     parser.add_argument("--seeds", nargs="+", type=int, help="Only these of a part's seeds.")
     parser.add_argument("--time_limit", type=float, help="Seconds after which nothing new is begun.")
     return parser.parse_args(input_args)
@@ -306,8 +299,12 @@ def parse_args(input_args=None):
 
 def main(args):
     logging.disable(logging.INFO)
-    args.results.mkdir(parents=True, exist_ok=True)
-    lab = Lab(args.results, args.seeds, args.time_limit)
+    end = time.monotonic() + args.time_limit if args.time_limit else None
+    results = args.results or (RESULTS if args.scale == "cpu" else RESULTS_GPU)
+    results.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bed = Bed() if args.scale == "cpu" else BigBed(device, args.base_model, end)
+    lab = Lab(results, SCALES[args.scale], bed, args.seeds, end)
     for part in list(PARTS) if "all" in args.parts else args.parts:
         PARTS[part](lab)
 

@@ -74,13 +74,13 @@ def random_vividness(n, generator):
     return MIN_VIVIDNESS + (1 - MIN_VIVIDNESS) * torch.rand(n, generator=generator)
 
 
-def render(scenes, vividness, generator):
-    """Pictures `[n, 3, 64, 64]` in [0, 1] of scenes `[n, 5]` with the contrasts `vividness` `[n]`."""
-    return render_with_mask(scenes, vividness, generator)[0]
+def render(scenes, vividness, generator, resolution=RESOLUTION):
+    """Pictures `[n, 3, resolution, resolution]` in [0, 1] of scenes `[n, 5]` with the contrasts `vividness` `[n]`."""
+    return render_with_mask(scenes, vividness, generator, resolution)[0]
 
 
-def render_with_mask(scenes, vividness, generator):
-    """What `render` gives, and how much of each pixel the shape covers `[n, 1, 64, 64]`."""
+def render_with_mask(scenes, vividness, generator, resolution=RESOLUTION):
+    """What `render` gives, and how much of each pixel the shape covers `[n, 1, resolution, resolution]`."""
     n = len(scenes)
 
     def jitter(scale):
@@ -88,7 +88,7 @@ def render_with_mask(scenes, vividness, generator):
 
     colors = torch.tensor(list(COLORS.values()))
     centers = torch.tensor(list(POSITIONS.values()))[scenes[:, 3]]
-    axis = (torch.arange(RESOLUTION) + 0.5) / RESOLUTION
+    axis = (torch.arange(resolution) + 0.5) / resolution
     dx = axis.view(1, 1, -1) - (centers[:, 0].view(-1, 1, 1) + jitter(0.03))
     dy = axis.view(1, -1, 1) - (centers[:, 1].view(-1, 1, 1) + jitter(0.03))
     radius = torch.where(scenes[:, 0] == 0, 0.14, 0.24).view(-1, 1, 1) + jitter(0.015)
@@ -99,11 +99,11 @@ def render_with_mask(scenes, vividness, generator):
     bar = torch.maximum(torch.minimum(0.35 * radius - dx.abs(), 1.1 * radius - dy.abs()),
                         torch.minimum(0.35 * radius - dy.abs(), 1.1 * radius - dx.abs()))  # fmt: skip
     distance = torch.stack([circle, square, triangle, bar], dim=1)[torch.arange(n), scenes[:, 2]]
-    inside = (distance * RESOLUTION + 0.5).clamp(0, 1).unsqueeze(1)  # [n, 1, 64, 64], anti-aliased over one pixel
+    inside = (distance * resolution + 0.5).clamp(0, 1).unsqueeze(1)  # [n, 1, h, w], anti-aliased over one pixel
 
     pictures = colors[scenes[:, 1]].view(n, 3, 1, 1) * inside + colors[scenes[:, 4]].view(n, 3, 1, 1) * (1 - inside)
     for cells, scale in ((8, 0.10), (16, 0.05)):
         blotches = scale * torch.randn(n, 3, cells, cells, generator=generator)
-        pictures = pictures + F.interpolate(blotches, size=RESOLUTION, mode="bilinear")
-    pictures = pictures + 0.02 * torch.randn(n, 3, RESOLUTION, RESOLUTION, generator=generator)
+        pictures = pictures + F.interpolate(blotches, size=resolution, mode="bilinear")
+    pictures = pictures + 0.02 * torch.randn(n, 3, resolution, resolution, generator=generator)
     return (0.5 + vividness.view(n, 1, 1, 1) * (pictures - 0.5)).clamp(0, 1), inside
