@@ -761,7 +761,8 @@ def load_scorers(device, args):
 def score_key(job, scorer, args):
     """What a score is kept under: the image's file with its size and time, and a hash of its prompt and the reward."""
     status = (Path(args.output_dir) / job.image).stat()
-    return f"{job.image} {status.st_size} {status.st_mtime_ns} {digest([job.prompt, scorer.source])}"
+    facts = [job.prompt, scorer.reward.file, {**scorer.source, "name": None}]  # another name makes no other score
+    return f"{job.image} {status.st_size} {status.st_mtime_ns} {digest(facts)}"
 
 
 def kept_scores(args):

@@ -206,7 +206,8 @@ def test_command_lines_of_benchmarks_and_ablation():
 def test_no_flag_is_spoken_of_that_is_not_there():
     known = {"--help", "--slow", "--logdir", "--shm-size"}  # of pytest, tensorboard and docker, too
     makers = [run_ablation.parse_args]
-    makers += [importlib.import_module(path.stem).main for path in (ROOT / "tests/benchmarks").glob("benchmark_*.py")]
+    benchmarks = [path.stem for path in (ROOT / "tests/benchmarks").glob("benchmark_*.py")]
+    makers += [importlib.import_module(name).main for name in (*benchmarks, "run_gpu")]
     for parser in (*map(script_parser, SCRIPTS), launch_command_parser(), *map(parser_of, makers)):
         known.update(parser._option_string_actions)
     text = re.sub(r"^#SBATCH.*$", "", ALL, flags=re.M)
