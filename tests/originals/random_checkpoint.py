@@ -13,7 +13,7 @@ TEXTS = [
     "a yellow triangle",
     "",
     "two small circles; one large square: " * 12,  # longer than any model reads
-    "a caf\u00e9 at night",
+    "a café at night",
 ]
 
 
