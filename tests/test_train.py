@@ -1,5 +1,6 @@
 """train_smpo_sd15.py, run in this process on the tiny model."""
 
+import argparse
 import io
 import json
 import math
@@ -30,6 +31,7 @@ from train_smpo_sd15 import (
     image_folders,
     load_data,
     parse_args,
+    prepare_pair,
     select_pairs,
     shuffled_keys,
     smpo_loss,
@@ -575,6 +577,19 @@ def test_a_data_set_cannot_reach_other_files_or_programs(tmp_path):
         decode_image(encoded(Image.new("RGB", (8, 8)), "EPS"), folders)
     with pytest.raises(ValueError, match="10000 x 5001 pixels, more than 50,000,000"):
         decode_image(encoded(Image.new("L", (10_000, 5_001))), folders)
+
+
+def test_a_photograph_is_decoded_no_larger_than_needed_and_a_thumbnail_told_of():
+    """JPEG's own halves and quarters, of means, hardly differ from the whole after `cut_square`; others stay whole."""
+    photograph = Image.fromarray(np.add.outer(np.arange(384) // 3, np.arange(512) // 4).astype(np.uint8))
+    jpeg, png = encoded(photograph, "JPEG"), encoded(photograph, "PNG")
+    assert [decode_image(data, [], 128).size for data in (jpeg, png)] == [(256, 192), (512, 384)]
+    small, whole = (cut_square(decode_image(jpeg, [], side), 64, mirror=False).float() for side in (128, None))
+    assert (small - whole).abs().mean() < 1.75  # levels, half of what is between two pixels of the result
+    args = argparse.Namespace(caption_column="c", image_columns=["a", "b"], dataset_name="none", resolution=1024)
+    drawn = {"mirror": False, "empty": False, "timestep": 0, "seeds": [0, 0, 0]}
+    with pytest.warns(UserWarning, match="enlarged more than twice to --resolution 1024"):
+        prepare_pair({"c": "ramp", "a": jpeg, "b": png}, 1.0, drawn, args)
 
 
 def test_both_images_of_a_pair_are_mirrored_alike(tmp_path, load):
