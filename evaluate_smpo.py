@@ -738,9 +738,10 @@ def load_rewards(sources, device, dtype):
             file, _ = locate_file(path, reward.file, source["revision"])
             model, image_processor = reward.load(file, model_source, base)
             tokenizer = AutoTokenizer.from_pretrained(**base)
+        head = model._modules.pop("head", None)  # stays in fp32
         model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
-        if hasattr(model, "head"):
-            model.head.float()
+        if head is not None:
+            model.head = head.requires_grad_(False).to(device)
         scorers[source["name"]] = Scorer(reward, model, tokenizer, image_processor, source)
     return scorers
 
@@ -991,6 +992,7 @@ const show = () => {
   save.href = "data:application/json," + encodeURIComponent(JSON.stringify(votes))
 }
 document.onkeydown = event => {
+  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return
   if (!"012".includes(event.key) || votes.length === duels.length) return
   const { left, right } = duels[votes.length]
   votes.push({ left, right, vote: Number(event.key) })
@@ -1002,8 +1004,10 @@ show()
 """
 
 
-def blind_name(image):
-    return f"{digest(image)}.png"
+def blind_name(image, args):
+    """An image's name in blind/, of place and content: it does not tell the model, and is in no other evaluation."""
+    content = hashlib.sha256((Path(args.output_dir) / image).read_bytes()).hexdigest()
+    return f"{digest([image, content])}.png"
 
 
 def write_blind(table, args):
@@ -1012,10 +1016,10 @@ def write_blind(table, args):
     folder.mkdir(exist_ok=True)
     base = table[table["model"] == "base"].set_index("seed")["image"]
     for job in table.itertuples():
-        shutil.copyfile(folder.parent / job.image, folder / blind_name(job.image))
+        shutil.copyfile(folder.parent / job.image, folder / blind_name(job.image, args))
         left, right = rng.permutation([job.image, base[job.seed]])
         if job.model != "base":
-            duels.append({"prompt": job.prompt, "left": blind_name(left), "right": blind_name(right)})
+            duels.append({"prompt": job.prompt, "left": blind_name(left, args), "right": blind_name(right, args)})
     rng.shuffle(duels)
     page = jinja2.Environment(autoescape=True).from_string(BLIND).render(duels=duels, key=digest(duels))
     save_text(folder / "index.html", page)
@@ -1023,7 +1027,8 @@ def write_blind(table, args):
 
 def count_votes(table, args):
     """Win rates over the base by --votes, rows as `summarise` has of duels; a person's every vote counts."""
-    jobs, won, rows = {blind_name(job.image): job for job in table.itertuples()}, [], []
+    jobs = {blind_name(job.image, args): job for job in table.itertuples() if args.votes}
+    won, rows = [], []
     for path in args.votes or []:
         with explain_errors("votes", path, "what the page of --blind in this --output_dir has made"):
             for vote in json.loads(Path(path).read_text()):
@@ -1176,13 +1181,17 @@ def resolve(args):
             "--pairs_path needs two images of a prompt: give --num_images_per_prompt 2 or more, or --models.",
         ),
         (pairs and not pairs.endswith(".parquet"), f"--pairs_path {pairs} must end in .parquet."),
-        (not low < high, f"--score_range must be a MIN and a larger MAX, got {low} {high}."),
+        (pairs and Path(pairs).exists(), f"--pairs_path {pairs} exists: move it away, or name another file."),
+        (not pairs and (args.score_range or args.pairs == "all"), "--score_range and --pairs go with --pairs_path."),
+        (not -math.inf < low < high < math.inf, f"--score_range must be a MIN and a larger MAX, got {low} {high}."),
         ((args.prompts_path is None) == (data is None), "Give one of --prompts_path and --dataset_name."),
         (
             data and Path(data).is_file() and not data.endswith(".parquet"),
             f"--dataset_name {data} is a file: give it to --prompts_path.",
         ),
     ]
+    for path in args.votes or []:
+        checks.append((not Path(path).is_file(), f"--votes {path} is not a file."))
     for path in args.prompts_path or []:
         wrong = not Path(path).is_file() or Path(path).suffix not in PROMPT_FILES
         checks.append((wrong, f"--prompts_path {path} is not a file that ends in {', '.join(PROMPT_FILES)}."))
@@ -1195,7 +1204,8 @@ def resolve(args):
     taken = ["best", "uid", "votes", *Job._fields]
     args.reward_model = named_sources(args.reward_model, "reward_model", taken, problems)
     first = next(iter(args.reward_model))
-    args.score_range = args.score_range or REWARDS.get(first, REWARDS["pickscore"]).label_range
+    if args.score_range is None and args.reward_model[first] == first and first in REWARDS:
+        args.score_range = REWARDS[first].label_range
     if pairs and args.score_range is None:
         problems.append(f"--pairs_path needs --score_range MIN MAX: no labels by {first} have been published.")
     if problems:

@@ -210,10 +210,10 @@ def decode_image(data, folders, side=None):
                     raise ValueError(f"{path.name} is no file in the folder of the data set")
                 data = path.read_bytes()
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         if side is not None:
             image.draft(None, (side, side))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # Pillow would clip them to white
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -625,9 +625,10 @@ def load_rewards(sources, device, dtype):
             file, _ = locate_file(path, reward.file, source["revision"])
             model, image_processor = reward.load(file, model_source, base)
             tokenizer = AutoTokenizer.from_pretrained(**base)
+        head = model._modules.pop("head", None)  # stays in fp32
         model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
-        if hasattr(model, "head"):
-            model.head.float()
+        if head is not None:
+            model.head = head.requires_grad_(False).to(device)
         scorers[source["name"]] = Scorer(reward, model, tokenizer, image_processor, source)
     return scorers
 

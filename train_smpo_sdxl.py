@@ -139,7 +139,7 @@ ACCEPTED_MODELS = "SDXL base models and those made from them, not its refiner; f
 MODEL_LICENSE, MODEL_TAG = "openrail++", "stable-diffusion-xl"
 RELEASED_LEVELS = 10  # of the authors' script
 VAE_BATCH_SIZE = 1  # images
-VAE_MAY_OVERFLOW = True  # in half precision, as its configuration says
+VAE_MAY_OVERFLOW = True  # in half precision, where its configuration says `force_upcast`
 
 DATASET_ACCEPTED = "a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder"
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would also start Ghostscript for PostScript
@@ -157,7 +157,7 @@ PROCESS_TIMEOUT = timedelta(hours=6)  # how long processes wait for the first on
 STOP_SIGNALS = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal with a checkpoint saved, to be started again
 RECORD_FILE, LOCK_FILE = "training_args.json", ".lock"
-NUM_VALIDATION_PAIRS = 256
+NUM_VALIDATION_PAIRS, MAX_VALIDATION_PROMPTS = 256, 32
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
 MAX_BAD_SHARE, MIN_BAD_PAIRS = 0.1, 10  # a run stops if more of the drawn pairs, and more than these, cannot be read
 MAX_NONFINITE_STEPS = 20  # in a row; fp16 takes some to find its scale
@@ -667,6 +667,8 @@ def load_data(flag, args, streaming=False, columns=None):
         options = {"streaming": True, "columns": columns, "batch_size": STREAM_ROWS}
     accepted = "Parquet files, whole ones, for --streaming" if streaming else DATASET_ACCEPTED
     with explain_errors("dataset_name", f"{name} --{flag} {split}", accepted):
+        if flag == "validation_split" and (name.endswith(".parquet") or (Path(name) / "state.json").is_file()):
+            raise ValueError("it is one split, that of the training pairs: give a share, or data with several splits")
         if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
             data = load_from_disk(name)
             if streaming:
@@ -678,7 +680,7 @@ def load_data(flag, args, streaming=False, columns=None):
         elif name.endswith(".parquet"):
             data = load_dataset("parquet", data_files={split: name}, split=split, **options)
         elif Path(name).is_file():
-            raise ValueError("it is a file, and none of Parquet: pandas converts it")
+            raise ValueError("it is a file, and none named .parquet: pandas converts others")
         else:
             data = load_dataset(name, split=split, **options)
         for column, feature in data.features.items():
@@ -720,10 +722,10 @@ def decode_image(data, folders, side=None):
                     raise ValueError(f"{path.name} is no file in the folder of the data set")
                 data = path.read_bytes()
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         if side is not None:
             image.draft(None, (side, side))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # Pillow would clip them to white
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -834,8 +836,8 @@ def select_pairs(data, num_train_timesteps, args):
         if not binary and not isinstance(kind, (datasets.Image, dict)):
             raise UserError(f"--image_columns {column} has to hold encoded images, it holds {kind}.")
     key_columns = [name for name in args.key_columns if name in data.column_names]
-    label_columns = [name for name in (args.label_column, args.human_label_column) if name in data.column_names]
-    label_columns = [name for name in label_columns if name != args.label_column or not args.labels_path]
+    label_columns = [args.human_label_column] + [args.label_column] * (not args.labels_path)
+    label_columns = [name for name in label_columns if name in data.column_names]
     table = read_columns(data, list(dict.fromkeys([args.caption_column, *key_columns, *label_columns])), args)
     if not table[args.caption_column].map(lambda caption: isinstance(caption, str)).any():
         raise UserError(f"--caption_column {args.caption_column} holds no texts: name the right one.")
@@ -844,7 +846,7 @@ def select_pairs(data, num_train_timesteps, args):
             found = table[column].dropna().iloc[:1].tolist()
             raise UserError(f"The label column {column} has to hold numbers in [0, 1], it holds {found}.")
     if args.labels_path:
-        labels = join_labels(table[key_columns], data.split, args)
+        labels = join_labels(table[key_columns], data.split or args.dataset_split_name, args)
     else:
         labels = table[args.label_column].to_numpy(np.float64)
     for row in np.flatnonzero((labels < 0) | (labels > 1))[:1]:
@@ -852,7 +854,7 @@ def select_pairs(data, num_train_timesteps, args):
             f"--label_column {args.label_column} has to be in [0, 1], or null: row {row} is {labels[row]}."
         )
     if args.gamma != 1 and np.isin(labels[~np.isnan(labels)], (0, 0.5, 1)).all():
-        logger.warning(f"All labels are 0, 0.5 or 1: with --gamma 1, not {args.gamma:g}, this is Diffusion-DPO.")
+        logger.warning(f"All labels are 0, 0.5 or 1: with --gamma 1, not {args.gamma:g}, the loss is Diffusion-DPO's.")
     labels = labels.astype(np.float32)
     unlabelled, undecided = np.isnan(labels), labels == 0.5
     tied = table.get(args.human_label_column, pd.Series(np.nan, table.index)).to_numpy() == 0.5
@@ -911,7 +913,9 @@ def prepare_pair(pair, soft_label_0, drawn, args):
     # A JPEG twice as large as needed has as much detail after `cut_square` as the whole one.
     images = [decode_image(pair[column], folders, 2 * size) for column in args.image_columns]
     if 2 * min(min(image.size) for image in images) < size:
-        warnings.warn(f"Images are enlarged more than twice to --resolution {size}: lower it, or use larger ones.")
+        warnings.warn(
+            f"Some images are enlarged more than twice to --resolution {size}: lower it, or use larger ones."
+        )
     return {
         "pixel_values": [cut_square(image, size, drawn["mirror"]) for image in images],
         "caption": "" if drawn["empty"] else caption,
@@ -941,9 +945,9 @@ def collate_pairs(examples):
 
 
 def group_for_inversion(pairs, timestep_of, args):
-    """An optimiser step's pairs in groups to be inverted together: whole micro-batches, at most --inversion_batch_size
-    pairs if that is one or more. Sorted by timestep, those of a group make about as many moves, so that few calls of
-    the UNet are small."""
+    """An optimiser step's pairs in groups to be inverted together: as many whole micro-batches as
+    --inversion_batch_size has room for, at least one. Sorted by timestep, those of a group make about as many moves,
+    so that few calls of the UNet are small."""
     size = args.train_batch_size * max(1, args.inversion_batch_size // args.train_batch_size)
     pairs = sorted(pairs, key=timestep_of)
     return [pairs[first : first + size] for first in range(0, len(pairs), size)]
@@ -1108,12 +1112,9 @@ def save_kohya_lora(unet, folder, lora_alpha):
 
 def load_lora(unet, folder):
     """Loads what `save_lora` wrote into the adapter that the UNet already has, or says that it does not fit."""
-    layers = load_file(Path(folder) / LORA_FILE).items()
-    state_dict = diffusers.utils.convert_unet_state_dict_to_peft(
-        {name.removeprefix("unet."): value for name, value in layers}
-    )
-    own = get_peft_model_state_dict(unet)
-    if {name: value.shape for name, value in own.items()} != {name: v.shape for name, v in state_dict.items()}:
+    layers = {name.removeprefix("unet."): value for name, value in load_file(Path(folder) / LORA_FILE).items()}
+    state_dict, own = diffusers.utils.convert_unet_state_dict_to_peft(layers), get_peft_model_state_dict(unet)
+    if {name: v.shape for name, v in own.items()} != {name: v.shape for name, v in state_dict.items()}:
         raise UserError(f"{folder}: its LoRA does not fit --rank and --lora_layers of this run.")
     set_peft_model_state_dict(unet, state_dict, adapter_name="default")
     cast_training_params(unet, dtype=torch.float32)
@@ -1243,7 +1244,7 @@ def require_same_run(record, args):
 @contextmanager
 def claim_output(accelerator, record, args):
     """Makes the output folder, keeps other runs out of it, clears away what a killed run was still writing there, and
-    writes the record. A `UserError` names the run that is in it."""
+    writes the record. A `UserError` names the run that is in it, or says that it cannot be written to."""
     if not accelerator.is_main_process:
         yield
         return
@@ -1325,8 +1326,9 @@ def show_images(accelerator, base_images, images, step, args):
     grid.save(path)
     accelerator.log({"validation_prompts": "; ".join(args.validation_prompts)}, step=step)
     for tracker in accelerator.trackers:
-        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **options)
+        if tracker.name in ("tensorboard", "wandb"):  # few others take images
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(grid)[None]}, step=step, **options)
 
 
 @torch.no_grad()
@@ -1417,7 +1419,8 @@ def published(value):
 
 
 def save_final(unet, metrics, step, args):
-    """Writes the result to the output folder: the LoRA in two formats, or a whole pipeline; and the model card."""
+    """Writes the result to the output folder, the LoRA in two formats or a whole pipeline, and the model card; uploads
+    it if asked to. A `UserError` says that the upload failed, after all is written."""
     if args.rank is not None:
         save_lora(unet, args.output_dir)
         save_kohya_lora(unet, args.output_dir, args.lora_alpha)
@@ -1493,7 +1496,7 @@ def parse_args(input_args=None):
     add("--pretrained_vae_model_name_or_path", type=nonempty, help="VAE to use, say sdxl-vae-fp16-fix.")
     add("--rank", type=int_from_1, help="Train a LoRA of this rank. Default: all weights of the UNet.")
     add("--lora_alpha", type=int_from_1, help="LoRA scale numerator. Default: the rank.")
-    add("--lora_layers", help=f"Comma-separated modules that get a LoRA. Default: {LORA_LAYERS}.")
+    add("--lora_layers", type=nonempty, help=f"Comma-separated modules that get a LoRA. Default: {LORA_LAYERS}.")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", required=True, type=nonempty, help=f"Data set: {DATASET_ACCEPTED}.")
@@ -1509,7 +1512,7 @@ def parse_args(input_args=None):
     add("--resolution", type=multiple_of_8, default=1024, help="Side of the square images, in pixels.")
     add("--no_hflip", **yes, help="Never mirror. Otherwise half of the pairs are.")
     add("--proportion_empty_prompts", type=up_to_1, default=0.2, help="Share of prompts to empty. Published: 0.2.")
-    add("--dataloader_num_workers", type=int_from_0, help="Default: as many as cores with a GPU, or else 0.")
+    add("--dataloader_num_workers", type=int_from_0, help="Default: with a GPU as many as cores, 8 at most.")
 
     add = parser.add_argument_group("method").add_argument
     ways = ["renoise", "ddim", "released", "forward"]  # the paper's text, its ablation, its code, Diffusion-DPO
@@ -1551,7 +1554,11 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("logging and validation").add_argument
     trackers = ["tensorboard", "wandb", "all", "none"]
     add("--report_to", default="tensorboard", choices=trackers, help="Where metrics and pictures go.")
-    add("--validation_split", help="Held-out pairs: a split with labels, or a share of the pairs such as 0.02.")
+    add(
+        "--validation_split",
+        type=nonempty,
+        help="Held-out pairs: a split with labels, or a share of the pairs such as 0.02.",
+    )
     add("--validation_prompts", nargs="+", help="Prompts to draw, or a .txt file with a prompt a line.")
     add("--num_validation_images", type=int_from_1, default=2, help="Images per validation prompt.")
     add("--validation_steps", type=int_from_1, default=50, help="Validate every so many optimiser steps.")
@@ -1562,7 +1569,7 @@ def parse_args(input_args=None):
     add("--checkpointing_steps", type=int_from_1, default=50, help="Save every so many steps, and the last.")
     add("--checkpoints_total_limit", type=int_from_1, help="Keep the newest so many checkpoints.")
     add("--resume_from_checkpoint", type=nonempty, help='Folder to go on from, or "latest", if any.')
-    add("--push_to_hub", **yes, help="Upload model, card and pictures to a private repository.")
+    add("--push_to_hub", **yes, help="Upload model, card and pictures; a new repository is private.")
     add("--hub_public", **yes, help="Upload to a public one.")
     add("--hub_model_id", help="Repository to upload to. Default: the name of --output_dir.")
     return resolve(parser.parse_args(input_args))
@@ -1594,14 +1601,12 @@ def resolve(args):
     ]
     if args.image_columns[0] == args.image_columns[1]:
         problems.append(f"--image_columns takes two different columns, got {' '.join(args.image_columns)}.")
-    if args.dataset_name.endswith(".parquet") and args.validation_split and not is_share(args.validation_split):
-        problems.append(
-            f"--validation_split {args.validation_split}: Parquet files by name are one split: give a share."
-        )
     if len(args.key_columns) not in (2, 3):
         problems.append(f"--key_columns takes 2 or 3 columns, got {' '.join(args.key_columns)}.")
     if args.streaming and is_share(args.validation_split):
-        problems.append("--validation_split with a share does not go with --streaming: give a split.")
+        problems.append(
+            "--validation_split with a share does not go with --streaming: give a split, of data with several."
+        )
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
     if args.report_to == "wandb" and not is_wandb_available():
@@ -1620,6 +1625,9 @@ def resolve(args):
             problems.append(f"--validation_prompts {file} is no text file in UTF-8 with a prompt a line: {error}.")
         if not args.validation_prompts:
             problems.append(f"--validation_prompts {file} has no prompts.")
+    if len(args.validation_prompts or []) > MAX_VALIDATION_PROMPTS:
+        found = f"{len(args.validation_prompts)} prompts, more than {MAX_VALIDATION_PROMPTS} for a picture"
+        problems.append(f"--validation_prompts has {found}: give fewer; evaluate_smpo.py draws many.")
 
     checkpoints, asked, folder = find_checkpoints(args.output_dir), args.resume_from_checkpoint, args.output_dir
     found = sorted(path.name for path in Path(args.output_dir).glob("*") if path.name != LOCK_FILE)
@@ -1631,7 +1639,7 @@ def resolve(args):
     elif asked is not None and Path(asked) not in find_checkpoints(Path(asked).parent):
         problems.append(f"--resume_from_checkpoint {asked} is not an existing folder named checkpoint-STEP.")
     elif asked is not None and checkpoints and step_of(checkpoints[-1]) > step_of(asked):
-        newest, advice = checkpoints[-1].name, "give another one, or move the newer ones away"
+        newest, advice = checkpoints[-1].name, "give another --output_dir, or move the newer ones away"
         problems.append(f"--resume_from_checkpoint {asked} is older than {newest} in --output_dir {folder}: {advice}.")
     if problems:
         raise UserError("\n".join(problems))

@@ -724,21 +724,27 @@ def test_pairs_are_what_training_takes(damaged, tmp_path):
     assert 0 < sum(row["label_0"] for row in rows) < 18  # the order says nothing
     assert len(train(tmp_path / "trained", dataset_name=pairs, noising="forward", rank=2)["loss"]) == 2
 
-    evaluate(tmp_path / "out", **flags)
+    pairs.unlink()
+    published = parse_args(evaluation_flags(tmp_path, reward_model="pickscore", pairs_path=pairs)).score_range
+    evaluate(tmp_path / "out", **flags, score_range=list(published))
     again = pq.read_table(pairs).to_pylist()
     assert [row["caption"] for row in again] == list(dict.fromkeys(row["caption"] for row in rows))
     for row in again:
         of_prompt = [score for (prompt, *_), score in score_of.items() if prompt == row["caption"]]
         assert {row["score_0_pickscore"], row["score_1_pickscore"]} == {min(of_prompt), max(of_prompt)}
         gap = row["score_0_pickscore"] - row["score_1_pickscore"]
-        published = 0.28201571106910706 - 0.11543526500463486
-        assert row["soft_label_0"] == pytest.approx(1 / (1 + math.exp(-gap / 100 / published)), rel=1e-9)
+        width = 0.28201571106910706 - 0.11543526500463486
+        assert row["soft_label_0"] == pytest.approx(1 / (1 + math.exp(-gap / 100 / width)), rel=1e-9)
+    with pytest.raises(UserError, match="--pairs_path .*pairs.parquet exists: move it away"):
+        evaluate(tmp_path / "out", **flags, score_range=list(published))
 
 
 def test_pairs_of_the_base_alone_and_of_images_that_do_not_differ(tmp_path):
-    pairs = tmp_path / "pairs.parquet"
-    assert list(evaluate(tmp_path / "out", models=None, num_images_per_prompt=2, pairs_path=pairs)) == ["base"]
+    pairs, flags = tmp_path / "pairs.parquet", {"score_range": [-1, 1]}
+    assert list(evaluate(tmp_path / "out", models=None, num_images_per_prompt=2, pairs_path=pairs, **flags)) == [
+        "base"
+    ]
     assert len(pq.read_table(pairs)) == 3
     with pytest.raises(UserError, match="--pairs_path .*stays unwritten: of no prompt do two images differ"):
-        evaluate(tmp_path / "same", pairs_path=tmp_path / "none.parquet")
+        evaluate(tmp_path / "same", pairs_path=tmp_path / "none.parquet", **flags)
     assert not (tmp_path / "none.parquet").exists() and (tmp_path / "same" / "results.md").is_file()

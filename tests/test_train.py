@@ -365,7 +365,7 @@ def test_damaged_pairs_and_ties_are_left_out(tmp_path, caplog):
         ({}, {"label_column": "caption"}, r"The label column caption has to hold numbers in \[0, 1\], it holds \['"),
         ({}, {"label_column": "label_0", "caption_column": "label_1"}, "--caption_column label_1 holds no texts"),
         ({}, {"label_column": "label_0", "dataset_name": "$PAIRS"}, "--dataset_name .* cannot be loaded"),
-        ({}, {"label_column": "label_0", "dataset_name": __file__}, "it is a file, and none of Parquet"),
+        ({}, {"label_column": "label_0", "dataset_name": __file__}, "it is a file, and none named .parquet"),
         (
             {},
             {"label_column": "label_0", "pretrained_model_name_or_path": __file__},
@@ -378,6 +378,11 @@ def test_damaged_pairs_and_ties_are_left_out(tmp_path, caplog):
             "jpg_0 has to hold encoded images, it holds .*string",
         ),
         ({"jpg_0": [[1, 2]] * 8}, {"label_column": "label_0"}, "jpg_0 has to hold encoded images, it holds .*List"),
+        (
+            {},
+            {"label_column": "label_0", "validation_split": "test"},
+            "--validation_split test cannot .* is one split",
+        ),
         ({}, {"labels_path": __file__}, "--labels_path .*test_train.py cannot be loaded: .*whole files of relabel"),
         ({"mine": [0.1] * 6 + [1.5, 0.2]}, {"label_column": "mine"}, "row 6 is 1.5"),
         (
@@ -444,10 +449,7 @@ def test_what_cannot_be_written_to_or_has_no_words_is_named(tmp_path):
         ({"hub_model_id": "a/b", "hub_public": True}, ["--hub_model_id does nothing", "--hub_public does nothing"]),
         ({"key_columns": ["a"]}, ["--key_columns takes 2 or 3 columns, got a"]),
         ({"image_columns": ["a", "a"]}, ["--image_columns takes two different columns, got a a"]),
-        (
-            {"dataset_name": "a.parquet", "validation_split": "test"},
-            ["--validation_split test: Parquet files by name"],
-        ),
+        ({"validation_prompts": ["a"] * 33}, ["--validation_prompts has 33 prompts, more than 32 for a picture"]),
         (
             {"labels_path": "/no/labels.parquet", "resume_from_checkpoint": "/no/checkpoint-3"},
             ["--labels_path /no/labels.parquet is not a file", "is not an existing folder named checkpoint-STEP"],
