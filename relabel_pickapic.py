@@ -222,7 +222,8 @@ def decode_image(data, folders, side=None):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged bytes, with no common base
-        text = re.sub(" <_io.BytesIO.*>", "", str(error))  # the same for the same bytes
+        text = getattr(error, "strerror", None) or str(error)  # without the path of this machine
+        text = re.sub(" <_io.BytesIO.*>", "", text)  # the same for the same bytes
         raise ValueError(f"not a readable image ({type(error).__name__}: {text})") from error
 
 

@@ -339,6 +339,14 @@ def test_labels_of_other_data_are_refused(labels_path, tmp_path):
         train(tmp_path / "out", labels_path=[labels_path, tmp_path / "other.parquet"])
 
 
+def test_human_ties_stay_out_when_the_labels_have_the_name_of_the_choices(load, tmp_path):
+    path = write_pairs(tmp_path / "pairs.parquet", label_0=[0.5] + [1.0] * 7)
+    keys = pq.read_table(path).select(["image_0_uid", "image_1_uid", "ranking_id"])
+    pq.write_table(keys.append_column("label_0", pa.array([0.8] * 8)), tmp_path / "labels.parquet")
+    flags = {"dataset_name": path, "labels_path": tmp_path / "labels.parquet", "label_column": "label_0"}
+    assert load(**flags)[0].rows.tolist() == list(range(1, 8))
+
+
 def test_damaged_pairs_and_ties_are_left_out(tmp_path, caplog):
     """Null labels, 0.5 and human ties are never drawn; a pair that cannot be read gives way to the next and is counted."""
     whole = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, 8)
