@@ -40,7 +40,7 @@ prompts, too. With --run_dir every checkpoint of a run is a model, and the best 
     images/NAME/PROMPT_IMAGE.png   the images; comparison-NAME.png has base beside tuned, from the largest gain to loss
     gallery.html                   all of them with their scores, to be sorted and filtered in a browser
     scores.csv                     their rewards, a line an image; scores/ keeps them, so that none is scored twice
-    results.csv, .json, .md        medians, means, win rates of every model over every other, and the best checkpoint
+    results.csv, .json, .md        medians, means, win rates over the base (.csv: over all), and the best checkpoint
     blind/index.html               with --blind, a page on which people vote; --votes counts them
     --pairs_path                   the images as preference pairs, labelled by the first reward, to train on
 
@@ -62,7 +62,7 @@ import sys
 import textwrap
 from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from statistics import NormalDist
@@ -689,7 +689,7 @@ class Scorer(NamedTuple):
     model: torch.nn.Module
     tokenizer: Any
     image_processor: Any  # makes `pixel_values` of an image, in any process
-    source: dict  # what `find_reward` gave
+    source: dict  # of `find_reward`, and what else tells its scores from another's
 
     @property
     def preprocessing(self):
@@ -719,9 +719,10 @@ def find_reward(name, path, revision=None):
         _, commit = locate_file(path, reward.file, revision)
         base, base_commit = reward.base, reward.base_revision
         if not published and not os.path.isfile(path):
-            with suppress(OSError):
-                locate_file(path, "tokenizer_config.json", commit)
-                base, base_commit = path, commit
+            own = cached_file(
+                path, "tokenizer_config.json", revision=commit, _raise_exceptions_for_missing_entries=False
+            )  # None if it has none; a connection that fails is an error, not another tokenizer
+            base, base_commit = (path, commit) if own is not None else (base, base_commit)
     source = {"name": name, "reward_model": path, "revision": commit}
     source |= {"reward_processor": base, "processor_revision": base_commit}
     return source | {"label_range": reward.label_range if published else None}
@@ -912,7 +913,8 @@ def write_results(table, sources, scorers, args):
     save_text(folder / "results.json", json.dumps({**record, "args": vars(args)}, indent=2))
     save_text(folder / "results.md", text)
     for name in args.models:
-        compare(name, table, next(iter(scores)), args).save(folder / f"comparison-{name}.png")
+        sheet = compare(name, table, next(iter(scores)), args)
+        save_whole(folder / f"comparison-{name}.png", lambda temporary: sheet.save(temporary, "png"))
     return text
 
 
@@ -1013,10 +1015,10 @@ def blind_name(image, args):
 def write_blind(table, args):
     """Fills blind/, which can be handed on: a page with base and tuned image of a seed side by side, without names."""
     folder, rng, duels = Path(args.output_dir) / "blind", np.random.default_rng(args.seed), []
-    folder.mkdir(exist_ok=True)
     base = table[table["model"] == "base"].set_index("seed")["image"]
     for job in table.itertuples():
-        shutil.copyfile(folder.parent / job.image, folder / blind_name(job.image, args))
+        image = folder.parent / job.image
+        save_whole(folder / blind_name(job.image, args), lambda temporary: shutil.copyfile(image, temporary))
         left, right = rng.permutation([job.image, base[job.seed]])
         if job.model != "base":
             duels.append({"prompt": job.prompt, "left": blind_name(left, args), "right": blind_name(right, args)})

@@ -65,7 +65,7 @@ import sys
 import tempfile
 from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -577,7 +577,7 @@ class Scorer(NamedTuple):
     model: torch.nn.Module
     tokenizer: Any
     image_processor: Any  # makes `pixel_values` of an image, in any process
-    source: dict  # what `find_reward` gave
+    source: dict  # of `find_reward`, and what else tells its scores from another's
 
     @property
     def preprocessing(self):
@@ -607,9 +607,10 @@ def find_reward(name, path, revision=None):
         _, commit = locate_file(path, reward.file, revision)
         base, base_commit = reward.base, reward.base_revision
         if not published and not os.path.isfile(path):
-            with suppress(OSError):
-                locate_file(path, "tokenizer_config.json", commit)
-                base, base_commit = path, commit
+            own = cached_file(
+                path, "tokenizer_config.json", revision=commit, _raise_exceptions_for_missing_entries=False
+            )  # None if it has none; a connection that fails is an error, not another tokenizer
+            base, base_commit = (path, commit) if own is not None else (base, base_commit)
     source = {"name": name, "reward_model": path, "revision": commit}
     source |= {"reward_processor": base, "processor_revision": base_commit}
     return source | {"label_range": reward.label_range if published else None}

@@ -698,6 +698,17 @@ def test_bad_input_is_named(flags, message, tmp_path):
         evaluate(tmp_path, **flags)
 
 
+def test_votes_know_their_evaluation(tmp_path):
+    """Two evaluations have the same places, and no name in common."""
+    names = set()
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for image in ("base.png", "tuned.png"):
+            (tmp_path / folder / image).write_bytes(folder.encode())  # base and tuned alike
+            names.add(evaluate_smpo.blind_name(image, argparse.Namespace(output_dir=tmp_path / folder)))
+    assert len(names) == 4
+
+
 # Pairs
 
 

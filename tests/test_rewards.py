@@ -197,3 +197,15 @@ def test_image_reward_has_the_sizes_of_the_original():
     for model, name in ((vision, "visual_encoder"), (text, "text_encoder")):
         sizes = [parameter.numel() for parameter in model.parameters()]
         assert [len(sizes), sum(sizes), model.config.num_attention_heads] == REFERENCE["imagereward"]["full"][name]
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "imagereward"])
+def test_a_head_is_not_rounded(name, small):
+    """Its weights in half precision are those in fp32; those of the network before it are not."""
+    half, full = (
+        script.load_rewards([script.find_reward(name, name)], "cpu", dtype)[name].model
+        for dtype in ("bfloat16", "float32")
+    )
+    for parameter, same in zip(half.head.parameters(), full.head.parameters(), strict=True):
+        assert torch.equal(parameter, same)
+    assert next(half.parameters()).dtype == torch.bfloat16
