@@ -112,9 +112,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint import CheckpointException
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -157,7 +155,7 @@ PROCESS_TIMEOUT = timedelta(hours=6)  # how long processes wait for the first on
 STOP_SIGNALS = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal with a checkpoint saved, to be started again
 RECORD_FILE, LOCK_FILE = "training_args.json", ".lock"
-NUM_VALIDATION_PAIRS, MAX_VALIDATION_PROMPTS = 256, 32
+NUM_VALIDATION_PAIRS = 256
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
 MAX_BAD_SHARE, MIN_BAD_PAIRS = 0.1, 10  # a run stops if more of the drawn pairs, and more than these, cannot be read
 MAX_NONFINITE_STEPS = 20  # in a row; fp16 takes some to find its scale
@@ -813,8 +811,8 @@ class Pairs(torch.utils.data.Dataset):
 
     def subset(self, chosen):
         """The pairs of a mask or of indices `[K]`."""
-        parts = {"rows": self.rows, "soft_labels_0": self.soft_labels_0}
-        return replace(self, **{name: part[chosen] for name, part in parts.items()}, keys=self.keys.iloc[chosen])
+        rows, soft_labels_0, keys = self.rows[chosen], self.soft_labels_0[chosen], self.keys.iloc[chosen]
+        return replace(self, rows=rows, soft_labels_0=soft_labels_0, keys=keys)
 
 
 def select_pairs(data, num_train_timesteps, args):
@@ -851,9 +849,7 @@ def select_pairs(data, num_train_timesteps, args):
     else:
         labels = table[args.label_column].to_numpy(np.float64)
     for row in np.flatnonzero((labels < 0) | (labels > 1))[:1]:
-        raise UserError(
-            f"--label_column {args.label_column} has to be in [0, 1], or null: row {row} is {labels[row]}."
-        )
+        raise UserError(f"--label_column {args.label_column} must be in [0, 1], or null: row {row} is {labels[row]}.")
     if args.gamma != 1 and np.isin(labels[~np.isnan(labels)], (0, 0.5, 1)).all():
         logger.warning(f"All labels are 0, 0.5 or 1: with --gamma 1, not {args.gamma:g}, the loss is Diffusion-DPO's.")
     labels = labels.astype(np.float32)
@@ -914,9 +910,7 @@ def prepare_pair(pair, soft_label_0, drawn, args):
     # A JPEG twice as large as needed has as much detail after `cut_square` as the whole one.
     images = [decode_image(pair[column], folders, 2 * size) for column in args.image_columns]
     if 2 * min(min(image.size) for image in images) < size:
-        warnings.warn(
-            f"Some images are enlarged more than twice to --resolution {size}: lower it, or use larger ones."
-        )
+        warnings.warn(f"Some images are enlarged more than twice to --resolution {size}: lower it.")
     return {
         "pixel_values": [cut_square(image, size, drawn["mirror"]) for image in images],
         "caption": "" if drawn["empty"] else caption,
@@ -958,25 +952,26 @@ def shuffled_keys(pairs, start, num_processes, process_index, args):
     """Endless groups of keys (epoch, index) of one process, those of one optimiser step after the other, from step
     `start` on.
 
-    Each epoch is shuffled by (seed, epoch). All processes walk the same permutation and take their part of every
-    micro-batch of all; a remainder too small for one waits for another epoch's shuffle.
+    Each epoch is shuffled by (seed, epoch); a remainder too small for a micro-batch of all processes waits for another
+    epoch's shuffle. The pairs of a step are sorted by timestep and dealt out in turns, so that no process waits for
+    one whose pairs make more moves.
     """
-    size = args.train_batch_size
+    size = args.train_batch_size * num_processes
 
     def micro_batches():
-        batches_per_epoch = len(pairs) // (size * num_processes)
+        batches_per_epoch = len(pairs) // size
         epoch, first = divmod(start * args.gradient_accumulation_steps, batches_per_epoch)
         while True:
             order = np.random.default_rng([args.seed, epoch]).permutation(len(pairs))
             for batch in range(first, batches_per_epoch):
-                begin = (batch * num_processes + process_index) * size
-                yield [(epoch, int(index)) for index in order[begin : begin + size]]
+                yield [(epoch, int(index)) for index in order[batch * size : (batch + 1) * size]]
             epoch, first = epoch + 1, 0
 
     endless = micro_batches()
     while True:
         keys = itertools.chain.from_iterable(itertools.islice(endless, args.gradient_accumulation_steps))
-        yield from group_for_inversion(keys, pairs.timestep, args)
+        dealt = sorted(keys, key=pairs.timestep)[process_index::num_processes]
+        yield from group_for_inversion(dealt, pairs.timestep, args)
 
 
 def streamed_examples(pairs, state, accelerator, args):
@@ -1048,12 +1043,9 @@ def make_loader(accelerator, pairs, groups, args):
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         num_workers = min(MAX_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if on_gpu else 0
-    workers = {
-        "num_workers": num_workers,
-        "worker_init_fn": ignore_stop,
-        "pin_memory": accelerator.device.type == "cuda",
-    }
-    return torch.utils.data.DataLoader(pairs, batch_sampler=groups, collate_fn=collate_pairs, **workers)
+    pinned = accelerator.device.type == "cuda"
+    options = {"num_workers": num_workers, "worker_init_fn": ignore_stop, "pin_memory": pinned}
+    return torch.utils.data.DataLoader(pairs, batch_sampler=groups, collate_fn=collate_pairs, **options)
 
 
 def make_batches(accelerator, pairs, progress, args):
@@ -1090,25 +1082,18 @@ def find_checkpoints(output_dir):
 
 
 def save_lora(unet, folder):
-    """Writes the LoRA of a UNet as `LORA_FILE`, which any diffusers pipeline loads; equal runs write equal files."""
-    layers = diffusers.utils.convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    layers = {
-        f"unet.{name}": value.contiguous() for name, value in layers.items()
-    }  # convolutions may be channels_last
+    """Writes the LoRA of a UNet as `LORA_FILE`, which any diffusers pipeline loads, and as `KOHYA_LORA_FILE`, named as
+    in kohya-ss' sd-scripts, each layer with its alpha. Equal runs write equal files."""
+    layers = {f"unet.{name}": value.contiguous() for name, value in get_peft_model_state_dict(unet).items()}
     # As diffusers' `save_lora_weights`, but for the entry "format": safetensors writes several entries in any order.
     config = _collate_lora_metadata({"unet": unet})["unet_lora_adapter_metadata"]  # has lora_alpha
-    config = json.dumps({f"unet.{name}": value for name, value in config.items()}, default=sorted, sort_keys=True)
-    save_file(layers, Path(folder) / LORA_FILE, metadata={"lora_adapter_metadata": config})
-
-
-def save_kohya_lora(unet, folder, lora_alpha):
-    """Writes the LoRA of a UNet as `KOHYA_LORA_FILE`, named as in kohya-ss' sd-scripts, each layer with its alpha."""
-    layers = {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
-    layers = diffusers.utils.convert_state_dict_to_kohya(layers)
-    for name in layers:
-        if name.endswith(".alpha"):
-            layers[name] = torch.tensor(float(lora_alpha))  # the conversion takes the rank for it
-    save_file({name: value.contiguous() for name, value in layers.items()}, Path(folder) / KOHYA_LORA_FILE)
+    metadata = json.dumps({f"unet.{name}": value for name, value in config.items()}, default=sorted, sort_keys=True)
+    of_diffusers = diffusers.utils.convert_state_dict_to_diffusers(layers)
+    save_file(of_diffusers, Path(folder) / LORA_FILE, metadata={"lora_adapter_metadata": metadata})
+    of_kohya = diffusers.utils.convert_state_dict_to_kohya(layers)
+    alpha = torch.tensor(float(config["lora_alpha"]))  # for which the conversion takes the rank
+    of_kohya.update({name: alpha.clone() for name in of_kohya if name.endswith(".alpha")})
+    save_file(of_kohya, Path(folder) / KOHYA_LORA_FILE)
 
 
 def load_lora(unet, folder):
@@ -1191,7 +1176,7 @@ def save_checkpoint(accelerator, progress, record, args):
             sync_to_disk(*partial.rglob("*"), partial)
             partial.rename(folder)
             sync_to_disk(folder.parent)
-    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # of a full disk
+    except Exception as error:  # of half a dozen types on a full disk
         problem = f"--output_dir {args.output_dir}: {folder.name} cannot be written ({error})."
         raise UserError(f"{problem} {last_checkpoint(args)} Make room and resume.") from error
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
@@ -1258,9 +1243,7 @@ def claim_output(accelerator, record, args):
         holder = json.loads(file.read_text())["process"] if file.is_file() else "another run"
         raise UserError(f"--output_dir {folder} is in use by {holder}: wait for it or stop it.") from error
     except OSError as error:
-        raise UserError(
-            f"--output_dir {folder} is no folder that can be written to ({error}): name another."
-        ) from error
+        raise UserError(f"--output_dir {folder} cannot be written to ({error}): name another.") from error
     with lock:
         for leftover in folder.glob("partial-checkpoint-*"):
             shutil.rmtree(leftover)
@@ -1296,32 +1279,39 @@ def make_pipeline(unet, args, **parts):
 
 @torch.no_grad()
 def draw_validation(accelerator, unet, context):
-    """Images of one UNet for the validation prompts, one prompt after the other, the same seeds every time."""
-    models, args, device, images = context.models, context.args, accelerator.device, []
+    """Images of one UNet for the validation prompts, one prompt after the other, the same seeds every time.
+
+    The processes share the prompts, each drawing one at least, as under FSDP all have to call the UNet."""
+    models, args, device, drawn = context.models, context.args, accelerator.device, []
     parts = {part: models[part] for part in ["vae", *TOKENIZERS, *TEXT_ENCODERS]}
     pipeline = make_pipeline(accelerator.unwrap_model(unet), args, **parts, **PIPELINE_OPTIONS)
     vae, seeds = models["vae"], range(args.seed, args.seed + args.num_validation_images)
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     options["num_inference_steps"] = args.validation_inference_steps
-    with offload_models(vae, *(models[part] for part in TEXT_ENCODERS), device=device, offload=args.offload):
-        for prompt in args.validation_prompts:
+    prompts = list(enumerate(args.validation_prompts))
+    with (
+        accelerator.split_between_processes(prompts) as mine,
+        offload_models(vae, *(models[part] for part in TEXT_ENCODERS), device=device, offload=args.offload),
+    ):
+        for number, prompt in mine:
             generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
             with context.autocast():
                 latents = pipeline([prompt] * len(seeds), generator=generators, **options).images
             # In the VAE's own precision: autocast would take a VAE in fp32 down with it.
             latents = (latents / vae.config.scaling_factor).to(vae.dtype)
             decoded = torch.cat([vae.decode(latent).sample for latent in latents.split(1)])
-            images += pipeline.image_processor.postprocess(decoded)
+            drawn.append((number, pipeline.image_processor.postprocess(decoded)))
     del pipeline
     free_memory()
-    return images
+    of_prompt = dict(gather_object(drawn))
+    return [image for number, _ in prompts for image in of_prompt[number]]
 
 
 def show_images(accelerator, base_images, images, step, args):
     """Saves and logs `validation/step-STEP.png`: a row a prompt, each base image left of the tuned one of its seed."""
-    side_by_side = list(itertools.chain.from_iterable(zip(base_images, images)))
-    shape = {"rows": len(args.validation_prompts), "cols": 2 * args.num_validation_images, "resize": THUMBNAIL}
-    grid = diffusers.utils.make_image_grid(side_by_side, **shape)
+    side_by_side = [image for both in zip(base_images, images) for image in both]
+    rows, columns = len(args.validation_prompts), 2 * args.num_validation_images
+    grid = diffusers.utils.make_image_grid(side_by_side, rows, columns, resize=THUMBNAIL)
     path = Path(args.output_dir) / "validation" / f"step-{step}.png"
     path.parent.mkdir(exist_ok=True)
     grid.save(path)
@@ -1355,28 +1345,18 @@ def validate_pairs(accelerator, held_out, context):
     return {f"validation/{name}": mean for name, mean in zip(metrics, means) if name in kept}
 
 
-class Validation:
-    """What --validation_split and --validation_prompts ask for; the base model's images are drawn once."""
-
-    def __init__(self, accelerator, held_out, context):
-        self.accelerator, self.held_out, self.context = accelerator, held_out, context
-        self.base_images = self.step = None  # step of the newest validation
-
-    def run(self, step):
-        """Logs and returns the metrics of an optimiser step, and draws. All processes call it."""
-        accelerator, context, metrics = self.accelerator, self.context, {}
-        self.step = step
-        if self.held_out is not None:
-            metrics = validate_pairs(accelerator, self.held_out, context)
-            accelerator.log(metrics, step=step)
-        if context.args.validation_prompts:
-            if self.base_images is None:
-                with reference_of(context) as reference:
-                    self.base_images = draw_validation(accelerator, reference, context)
-            images = draw_validation(accelerator, context.models["unet"], context)
-            if accelerator.is_main_process:
-                show_images(accelerator, self.base_images, images, step, context.args)
-        return metrics
+def validate(accelerator, held_out, base_images, step, context):
+    """What --validation_split and --validation_prompts ask for after an optimiser step: logs and returns metrics of
+    held-out pairs, and draws the prompts beside `base_images`. All processes call it."""
+    metrics = {}
+    if held_out is not None:
+        metrics = validate_pairs(accelerator, held_out, context)
+        accelerator.log(metrics, step=step)
+    if base_images:
+        images = draw_validation(accelerator, context.models["unet"], context)
+        if accelerator.is_main_process:
+            show_images(accelerator, base_images, images, step, context.args)
+    return metrics
 
 
 def save_model_card(args, metrics, step):
@@ -1392,9 +1372,8 @@ def save_model_card(args, metrics, step):
         "Trained on preference pairs with [SmPO-Diffusion](https://arxiv.org/abs/2506.02698) (Smoothed Preference"
         f" Optimization via ReNoise Inversion, ICML 2025), on `{published(args.dataset_name)}`.",
         f"```python\nfrom diffusers import {PIPELINE.__name__}\n\n{load}\n```",
-        f"![base, tuned](validation/step-{step}.png)\n\nBase left of tuned, a row a prompt: {prompts}"
-        if prompts
-        else "",
+        f"![base, tuned](validation/step-{step}.png)\n\nBase left of tuned, a row a prompt: {prompts}\n"
+        * bool(prompts),
         "## Last logged step\n",
         "| metric | value |\n|---|---|",
         *(f"| {name} | {value:.5g} |" for name, value in metrics.items()),
@@ -1424,7 +1403,6 @@ def save_final(unet, metrics, step, args):
     it if asked to. A `UserError` says that the upload failed, after all is written."""
     if args.rank is not None:
         save_lora(unet, args.output_dir)
-        save_kohya_lora(unet, args.output_dir, args.lora_alpha)
     else:
         unet.save_pretrained(Path(args.output_dir) / "unet")  # first: the rest of the pipeline may fail to load
         pipeline = make_pipeline(unet, args, vae=load_network("vae", AutoencoderKL, args, torch.float32))
@@ -1555,11 +1533,7 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("logging and validation").add_argument
     trackers = ["tensorboard", "wandb", "all", "none"]
     add("--report_to", default="tensorboard", choices=trackers, help="Where metrics and pictures go.")
-    add(
-        "--validation_split",
-        type=nonempty,
-        help="Held-out pairs: a split with labels, or a share of the pairs such as 0.02.",
-    )
+    add("--validation_split", type=nonempty, help="Held-out pairs: a split, or a share of the pairs such as 0.02.")
     add("--validation_prompts", nargs="+", help="Prompts to draw, or a .txt file with a prompt a line.")
     add("--num_validation_images", type=int_from_1, default=2, help="Images per validation prompt.")
     add("--validation_steps", type=int_from_1, default=50, help="Validate every so many optimiser steps.")
@@ -1605,9 +1579,7 @@ def resolve(args):
     if len(args.key_columns) not in (2, 3):
         problems.append(f"--key_columns takes 2 or 3 columns, got {' '.join(args.key_columns)}.")
     if args.streaming and is_share(args.validation_split):
-        problems.append(
-            "--validation_split with a share does not go with --streaming: give a split, of data with several."
-        )
+        problems.append("--validation_split with a share does not go with --streaming: name a split.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
     if args.report_to == "wandb" and not is_wandb_available():
@@ -1626,9 +1598,6 @@ def resolve(args):
             problems.append(f"--validation_prompts {file} is no text file in UTF-8 with a prompt a line: {error}.")
         if not args.validation_prompts:
             problems.append(f"--validation_prompts {file} has no prompts.")
-    if len(args.validation_prompts or []) > MAX_VALIDATION_PROMPTS:
-        found = f"{len(args.validation_prompts)} prompts, more than {MAX_VALIDATION_PROMPTS} for a picture"
-        problems.append(f"--validation_prompts has {found}: give fewer; evaluate_smpo.py draws many.")
 
     checkpoints, asked, folder = find_checkpoints(args.output_dir), args.resume_from_checkpoint, args.output_dir
     found = sorted(path.name for path in Path(args.output_dir).glob("*") if path.name != LOCK_FILE)
@@ -1730,15 +1699,16 @@ def make_optimizer(parameters, learning_rate, args):
 def optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, stop_signals, context):
     """Takes one optimiser step after the other, and yields after each: its metrics, whether it was taken (one that is
     not finite changes nothing), and whether a signal asks any of the processes to stop."""
-    args, unet = context.args, context.models["unet"]
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]  # FSDP has replaced them
+    args, models = context.args, context.models
+    # FSDP has replaced those that the optimiser was made with.
+    parameters = [parameter for parameter in models["unet"].parameters() if parameter.requires_grad]
     while True:
         sums, problems, num_micro_batches = 0, [], 0
         while num_micro_batches < args.gradient_accumulation_steps:
             batch = next(batches)
             problems += batch["problems"]
             for micro_batch in invert_and_judge(batch, context):
-                with accelerator.accumulate(unet):
+                with accelerator.accumulate(models["unet"]):
                     loss, metrics = training_step(micro_batch, context)
                     accelerator.backward(loss)
                 sums = sums + torch.stack(list(metrics.values())) / args.gradient_accumulation_steps
@@ -1766,19 +1736,22 @@ def optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, sto
         yield logs, taken, bool(stopping)
 
 
-def fit(accelerator, pairs, optimizer, lr_scheduler, progress, max_train_steps, validation, record, context):
+def fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_train_steps, record, context):
     """Trains up to `max_train_steps`, with logs, checkpoints and validation; returns the metrics of the last step.
 
     Raises:
         UserError: too many pairs cannot be read, or steps in a row are not finite; it names the last checkpoint.
         SystemExit: with `EXIT_STOPPED`, after a signal, with a checkpoint saved.
     """
-    args, logs, skipped_in_a_row = context.args, {}, 0
+    args, logs, skipped_in_a_row, validated, base_images = context.args, {}, 0, None, []
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     tried_before, skipped_before = progress.tried, progress.skipped_pairs  # by a run whose data may have been mended
     stop_signals, batches = listen_for_stop(), make_batches(accelerator, pairs, progress, args)
     # After an error Python would wait for the workers, which do not hear its SIGTERM.
     atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
+    if args.validation_prompts:
+        with reference_of(context) as reference:
+            base_images = draw_validation(accelerator, reference, context)
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=max_train_steps, initial=progress.step, desc="Steps", unit="step", disable=hidden)
     steps = optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, stop_signals, context)
@@ -1814,23 +1787,14 @@ def fit(accelerator, pairs, optimizer, lr_scheduler, progress, max_train_steps, 
             raise UserError(f"{problem} {last_checkpoint(args)} {advice}")
         if stopping and progress.step < max_train_steps:
             logger.warning(f"Stopped by a signal: --resume_from_checkpoint latest goes on from step {progress.step}.")
-            steps.close()
-            end_run(accelerator, context.models)
             sys.exit(EXIT_STOPPED)
         if taken and progress.step % args.validation_steps == 0:
-            logs.update(validation.run(progress.step))
+            validated = progress.step
+            logs.update(validate(accelerator, held_out, base_images, validated, context))
     bar.close()
-    if validation.step != progress.step:
-        logs.update(validation.run(progress.step))
+    if validated != progress.step:
+        logs.update(validate(accelerator, held_out, base_images, progress.step, context))
     return logs
-
-
-def end_run(accelerator, models):
-    """Frees the policy, then the process group: DDP frees it last otherwise, and with gloo waits, holding Python's
-    lock, for a thread that may wait for this lock."""
-    models.clear()
-    accelerator.free_memory()
-    accelerator.end_training()
 
 
 def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args):
@@ -1863,12 +1827,17 @@ def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args
         going_on = {"wandb": {"id": record["wandb_id"], "resume": "allow"}}
         accelerator.init_trackers("smpo-diffusion", config=flat, init_kwargs=going_on)
 
-    validation = Validation(accelerator, held_out, context)
-    logs = fit(accelerator, pairs, optimizer, lr_scheduler, progress, max_train_steps, validation, record, context)
-    policy = plain_unet(accelerator, models["unet"])
-    if accelerator.is_main_process:
-        save_final(policy, logs, progress.step, args)
-    end_run(accelerator, models)
+    try:
+        logs = fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_train_steps, record, context)
+        policy = plain_unet(accelerator, models["unet"])
+        if accelerator.is_main_process:
+            save_final(policy, logs, progress.step, args)
+    finally:
+        # The policy goes before the process group: DDP would free that last, and with gloo wait, holding Python's
+        # lock, for a thread that may wait for this lock.
+        models.clear()
+        accelerator.free_memory()
+        accelerator.end_training()
 
 
 def main(args):

@@ -430,7 +430,7 @@ def test_bad_data_is_named(columns, flags, message, tmp_path):
 
 
 def test_what_cannot_be_written_to_or_has_no_words_is_named(tmp_path):
-    with pytest.raises(ValueError, match="--output_dir .*test_train.py is no folder that can be written to"):
+    with pytest.raises(ValueError, match="--output_dir .*test_train.py cannot be written to"):
         train(__file__, label_column="label_0", gamma=1)
     shutil.copytree(TINY / "sd15", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer"))
     with pytest.raises(ValueError, match="--pretrained_model_name_or_path .*mute cannot be loaded: its tokenizer has"):
@@ -531,6 +531,8 @@ def test_every_pair_is_dealt_once_an_epoch_and_a_run_goes_on_where_it_stopped(lo
     for epoch in range(4):  # a step is an epoch of 12 of the 15 pairs
         keys = [key for groups in (first[epoch], second[epoch]) for group in groups for key in group]
         assert {key[0] for key in keys} == {epoch} and len({key[1] for key in keys}) == 12
+        timesteps = [[pairs.timestep(key) for group in part[epoch] for key in group] for part in (first, second)]
+        assert sorted(sum(timesteps, [])) == [t for both in zip(*timesteps) for t in both]  # dealt out in turns
     assert take(1, 3, 1) == second[3:]
 
 

@@ -87,15 +87,19 @@ def test_a_held_out_split_has_its_labels_in_the_same_flag(tmp_path, labels_path)
 
 
 def test_two_processes_validate_as_one(tmp_path, server):
-    """The policies agree but for what Adam makes of rounding; another share of the pairs would be off by more than that."""
+    """The policies agree but for what Adam makes of rounding; another share of the pairs would be off by more than that.
+    The base's images are the same whoever draws them, the first column of the picture."""
     flags = {**FAST, "validation_split": "test", "max_train_steps": 2, "validation_steps": 1, "beta_dpo": 20}
     flags |= {"learning_rate": 1e-2, "num_validation_images": 1, "validation_inference_steps": 1}
+    flags |= {"validation_prompts": ["a large red circle", "a small blue square", "a circle"]}
     one = train(tmp_path / "one", **{**flags, "train_batch_size": 2})
     assert server.run(train_flags(tmp_path / "two", **flags), **TWO_PROCESSES) == 0, server.output()
     two = read_logs(tmp_path / "two")
     assert abs(one["validation/reward_margin"][0]) > 0
     for name in HELD_OUT:
         np.testing.assert_allclose(one[name], two[name], rtol=0.02, err_msg=name)
+    sheets = [np.asarray(Image.open(tmp_path / name / "validation" / "step-2.png")) for name in ("one", "two")]
+    assert np.array_equal(*(sheet[:, : train_smpo_sd15.THUMBNAIL] for sheet in sheets))
 
 
 def test_pictures_of_prompts(tmp_path, sdxl):
