@@ -41,8 +41,9 @@ on 8 GPUs has the published hyper-parameters, 1024 pairs a step for 200 steps. r
 `labels.parquet`.
 
 Diffusion-DPO noises the two images of a pair at random and asks which one the policy denoises better than the
-reference, for a hard winner. SmPO finds the noise by inverting the image with the policy itself (DDIM inversion and a
-ReNoise correction), and the pair weighs as much as a reward model is sure of it.
+reference, for a hard winner. SmPO finds the noise by inverting the image with the policy itself, and the pair weighs
+as much as a reward model is sure of it. The inversion is that of the authors' released code, by which the published
+models were trained; the one that the paper describes, DDIM moves and a ReNoise correction at t, is `--noising renoise`.
 
     here           in the paper, or by formula
     x_0            clean latents, scaled                                        [N, 4, h, w]
@@ -57,14 +58,12 @@ A batch of B pairs is 2B images: image 0 of every pair, then image 1 of every pa
 
 Where this parts from the authors' released code, on purpose:
 
- 1. The inversion grid of each sample ends exactly at its t, from alpha_bar = 1 on (theirs: `--noising released`).
- 2. Every pair of a micro-batch has its own t and label; theirs uses the first pair's for all.
- 3. A move is corrected with the prediction at its destination (`--renoise_at`); theirs averages two at every level.
- 4. alpha_bar is never held in half precision, where sqrt(1 - alpha_bar) is off by 7 % at t = 0 and 1.
- 5. The two images of a pair share one flip.
- 6. A pair that cannot be read is replaced by the next one and counted; the others stay in step.
- 7. Every random draw belongs to (seed, epoch, pair), with --streaming to (seed, epoch, process, number of the pair).
- 8. Resuming is asked for, never silent, and goes on with the same run or not at all, from checkpoints that are whole.
+ 1. Every pair of a micro-batch has its own t and label; theirs uses the first pair's for all.
+ 2. alpha_bar is never held in half precision, where sqrt(1 - alpha_bar) is off by 7 % at t = 0 and 1.
+ 3. The two images of a pair share one flip.
+ 4. A pair that cannot be read is replaced by the next one and counted; the others stay in step.
+ 5. Every random draw belongs to (seed, epoch, pair), with --streaming to (seed, epoch, process, number of the pair).
+ 6. Resuming is asked for, never silent, and goes on with the same run or not at all, from checkpoints that are whole.
 """
 
 import argparse
@@ -135,7 +134,7 @@ TOKENIZERS = ["tokenizer", "tokenizer_2"]
 ADDITION_EMBED_TYPE = "text_time"
 ACCEPTED_MODELS = "SDXL base models and those made from them, not its refiner; for SD1.5 there is train_smpo_sd15.py"
 MODEL_LICENSE, MODEL_TAG = "openrail++", "stable-diffusion-xl"
-RELEASED_LEVELS = 10  # of the authors' script
+RELEASED_LEVELS = 10  # of the authors' script, its --num_inversion_steps
 VAE_BATCH_SIZE = 1  # images
 VAE_MAY_OVERFLOW = True  # in half precision, where its configuration says `force_upcast`
 
@@ -144,7 +143,7 @@ IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would al
 MAX_PIXELS = 50_000_000  # of an image; a small file can hold more than memory does
 LABEL_KEYS = ["image_0_uid", "image_1_uid", "ranking_id"]  # the columns of a labels file that name a pair
 LEARNING_RATE_PER_PAIR = 1e-8  # published, as its authors scale it: 1.024e-5 at 1,024 pairs a step
-NUM_INVERSION_STEPS = 9  # the paper's choice; 19 was a little better there at twice the cost
+NUM_INVERSION_STEPS = 9  # of "renoise" and "ddim": the paper's; 19 was a little better there at twice the cost
 RENOISE_AT = "last_move"  # "few-step DDIM inversion, then one correction at x_t"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 KOHYA_LORA_FILE = "pytorch_lora_weights_kohya.safetensors"  # for ComfyUI and A1111
@@ -1494,9 +1493,9 @@ def parse_args(input_args=None):
     add("--dataloader_num_workers", type=int_from_0, help="Default: with a GPU as many as cores, 8 at most.")
 
     add = parser.add_argument_group("method").add_argument
-    ways = ["renoise", "ddim", "released", "forward"]  # the paper's text, its ablation, its code, Diffusion-DPO
-    add("--noising", default="renoise", choices=ways, help="How x_t is reached; released: as the authors' code does.")
-    add("--num_inversion_steps", type=int_from_1, help="n, moves to the last t. Default: 9; released 5, SDXL 10.")
+    ways = ["released", "renoise", "ddim", "forward"]  # the authors' code, their text, its ablation, Diffusion-DPO
+    add("--noising", default="released", choices=ways, help="How x_t is reached; renoise: as the paper describes it.")
+    add("--num_inversion_steps", type=int_from_1, help="n, moves to the last t. Default: 5, SDXL 10; others 9.")
     add("--renoise_at", choices=["last_move", "every_move"], help=f"Which moves are corrected. Default: {RENOISE_AT}.")
     add("--beta_dpo", type=above_0, default=5000, help="beta, pull to the reference. Published: 2000, SDXL 5000.")
     add("--gamma", type=above_0, default=10, help="gamma, sensitivity to the label. Published: 10. Hard labels: 1.")

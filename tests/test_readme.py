@@ -90,7 +90,7 @@ def test_command_lines_parse(line, tmp_path, monkeypatch):
         assert 8 * args.train_batch_size * args.gradient_accumulation_steps == 1024
         sdxl = "sdxl" in launch.training_script
         assert (args.beta_dpo, args.optimizer) == ((5000, "adafactor") if sdxl else (2000, "adamw"))
-        assert (args.gamma, args.num_inversion_steps, args.noising) == (10, 9, "renoise")
+        assert (args.gamma, args.num_inversion_steps, args.noising) == (10, 10 if sdxl else 5, "released")
         assert (args.lr_warmup_steps, args.proportion_empty_prompts) == (100, 0.2)
 
 
