@@ -126,7 +126,7 @@ def test_a_streamed_run_is_resumed_bit_for_bit(tmp_path):
     (tmp_path / "damaged").mkdir()
     table = table.set_column(table.column_names.index("jpg_0"), "jpg_0", [images])
     pq.write_table(table, tmp_path / "damaged" / "train-0.parquet", row_group_size=16)
-    flags = {**FAST, "dataset_name": tmp_path / "damaged", "max_train_samples": 24, "max_train_steps": 12}
+    flags = {**FAST, "dataset_name": tmp_path / "damaged", "max_train_samples": 20, "max_train_steps": 12}
     flags |= {"checkpointing_steps": 5, "dataloader_num_workers": 1, "rank": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_smpo_sd15, "MAX_BAD_SHARE", 1)
