@@ -7,6 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # everything that the tests need lies in tes
 # Runs are bit for bit the same with one number of threads: one here and in all processes that the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
+import importlib
 import signal
 import subprocess
 import sys
@@ -14,18 +16,14 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from fork_server import ForkServer
-from random_models import write_pipeline
 
 
-datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # five seconds after each stream
+# What takes seconds to import is imported where it is needed: the process that hands out the tests loads this file too.
 
 collect_ignore = ["upstream"]  # tests of a folder that `make upstream` makes
 
@@ -33,10 +31,6 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny"
 
 TWO_PROCESSES = {"num_processes": 2, "ACCELERATE_USE_CPU": "true"}  # for `server`
-
-import relabel_pickapic  # noqa: E402
-import train_smpo_sd15  # noqa: E402
-import train_smpo_sdxl  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -93,6 +87,8 @@ def fresh_process():
 
 def forget_accelerator():
     """Lets the next run in this process choose its precision and its engine."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
@@ -105,17 +101,23 @@ def labels_path(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def server(tmp_path_factory):
-    """Runs of train_smpo_sd15.py, or of another module, in processes of their own, which start in a second."""
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    with ForkServer("train_smpo_sd15", log, PYTHONHASHSEED="1") as server:
+    """Runs of train_smpo_sd15.py, or of another module, in processes of their own, forked before any test has run."""
+    import datasets
+
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # five seconds after each stream
+    gc.freeze()  # every run collects garbage: a million objects of the libraries need no look
+    with ForkServer("train_smpo_sd15", tmp_path_factory.mktemp("server") / "log.txt") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def sdxl(tmp_path_factory):
     """A pipeline with SDXL's blocks and layers, small widths and random weights."""
+    import torch
+    from random_models import write_pipeline
+
     folder = tmp_path_factory.mktemp("sdxl")
     torch.manual_seed(0)
     write_pipeline(folder, "tiny-sdxl", torch.float32)
@@ -136,6 +138,8 @@ def command_line(**flags):
 
 def relabel(**flags):
     """Runs relabel_pickapic.py on the tiny pairs."""
+    import relabel_pickapic
+
     defaults = {"dataset_name": TINY / "pairs", "reward_model": TINY / "pickscore"}
     relabel_pickapic.main(relabel_pickapic.parse_args(command_line(**{**defaults, **flags})))
 
@@ -159,15 +163,16 @@ def train_flags(output_dir, **flags):
     )
 
 
-def train(output_dir, script=train_smpo_sd15, **flags):
+def train(output_dir, script="train_smpo_sd15", **flags):
     """Runs a training script and returns what it logged: `{metric: [value of each step]}`."""
+    script = importlib.import_module(script) if isinstance(script, str) else script
     script.main(script.parse_args(train_flags(output_dir, **flags)))
     return read_logs(output_dir)
 
 
 def train_sdxl(output_dir, sdxl, **flags):
     """Runs train_smpo_sdxl.py on the tiny SDXL."""
-    return train(output_dir, train_smpo_sdxl, **{"pretrained_model_name_or_path": sdxl, **flags})
+    return train(output_dir, "train_smpo_sdxl", **{"pretrained_model_name_or_path": sdxl, **flags})
 
 
 def write_pairs(path, **columns):

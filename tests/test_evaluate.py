@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, TINY, TWO_PROCESSES, command_line, train
-from fork_server import ForkServer, wait_for
+from fork_server import wait_for
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
@@ -148,24 +148,17 @@ def images_in(folder):
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("images/*/*.png")}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Runs in processes of their own."""
-    with ForkServer("evaluate_smpo", tmp_path_factory.mktemp("server") / "log.txt") as server:
-        yield server
-
-
 def test_a_killed_run_goes_on_with_the_images_that_it_has(damaged, tmp_path, server):
     flags = {"models": f"damaged={damaged}", "max_prompts": 16, "batch_size": 2, "num_inference_steps": 6}
     whole, out = evaluate(tmp_path / "whole", **flags), tmp_path / "out"
     for count in (3, 20):
-        server.start(evaluation_flags(out, **flags))
+        server.start(evaluation_flags(out, **flags), module="evaluate_smpo")
         wait_for(lambda: len(images_in(out)) >= count)
         server.end()
         before = images_in(out)
         assert count <= len(before) < 32
         assert all(Image.open(out / path).size == (64, 64) for path in before)
-    assert server.run(evaluation_flags(out, **flags)) == 0
+    assert server.run(evaluation_flags(out, **flags), module="evaluate_smpo") == 0
     assert before.items() <= images_in(out).items() and len(images_in(out)) == 32
     assert not list(out.rglob("*.tmp"))
     results = read_results(out)
@@ -212,7 +205,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 def test_two_processes_share_the_work(damaged, tmp_path, server):
     flags = {"models": f"damaged={damaged}", "max_prompts": 9, "batch_size": 2}
     one = evaluate(tmp_path / "one", **flags)
-    assert server.run(evaluation_flags(tmp_path / "two", **flags), **TWO_PROCESSES) == 0, server.output()
+    assert server.run(evaluation_flags(tmp_path / "two", **flags), module="evaluate_smpo", **TWO_PROCESSES) == 0, (
+        server.output()
+    )
     assert server.output().count("Images, scores and pictures are in") == 1
     two = read_results(tmp_path / "two")
     assert two["damaged"]["mean"] == pytest.approx(one["damaged"]["mean"], abs=0.05)

@@ -11,17 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    TINY,
-    forget_accelerator,
-    read_logs,
-    relabel,
-    run_script,
-    train,
-    train_flags,
-    unet_weights,
-)
+from conftest import ROOT, TINY, forget_accelerator, read_logs, relabel, run_script, train, train_flags, unet_weights
 from random_models import make_vae, write_pipeline
 from test_engines import FSDP
 from test_evaluate import evaluate
@@ -160,11 +150,8 @@ def test_a_vae_that_overflows_in_fp16_is_kept_in_fp32(tmp_path, labels_path, mon
     logs = train(tmp_path / "run", train_smpo_sdxl, **flags)
     assert logs["loss"][0] == pytest.approx(math.log(2), abs=1e-6) and 0.1 < logs["std_tau"][0] < 10
     pixels = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
-    assert (
-        not train_smpo_sdxl.encode_images(pixels, vae.to("cuda" if CUDA else "cpu", torch.float16), [0])
-        .isfinite()
-        .any()
-    )
+    vae = vae.to("cuda" if CUDA else "cpu", torch.float16)
+    assert not train_smpo_sdxl.encode_images(pixels, vae, [0]).isfinite().any()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -13,21 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import (
-    ROOT,
-    TINY,
-    TWO_PROCESSES,
-    read_logs,
-    split_pairs,
-    train,
-    train_flags,
-    train_sdxl,
-    unet_weights,
-)
+from conftest import ROOT, TINY, read_logs, split_pairs, train, train_flags
 from packaging import version
+from safetensors.torch import load_file
 
 import train_smpo_sd15
-from train_smpo_sd15 import decode_image, load_data, parse_args, select_pairs, streamed_batches
+from train_smpo_sd15 import LORA_FILE, decode_image, load_data, parse_args, select_pairs, streamed_batches
 
 
 FAST = {"label_column": "label_0", "noising": "forward", "streaming": True, "checkpointing_steps": 100}
@@ -88,9 +79,9 @@ def test_an_epoch_of_a_stream(steps, shards):
 def test_a_stream_goes_on_where_it_stopped(num_processes, steps):
     """From any step, into the next epoch; 2 and 3 processes share the 38 row groups."""
     rank = num_processes - 1
-    whole = steps(120 // num_processes, rank, num_processes)
-    for stop in (1, 2, 17, 100 // num_processes, 119 // num_processes):
-        rest = steps(len(whole) - stop, rank, num_processes, whole[stop - 1][1])
+    whole = steps(40 // num_processes, rank, num_processes, max_train_samples=100)
+    for stop in (1, 2, 27 // num_processes):
+        rest = steps(len(whole) - stop, rank, num_processes, whole[stop - 1][1], max_train_samples=100)
         assert [pairs for pairs, _ in rest] == [pairs for pairs, _ in whole[stop:]]
 
 
@@ -128,11 +119,6 @@ def test_streamed_pairs_train_as_others_do(shards, labels_path, tmp_path, monkey
         np.testing.assert_allclose(streamed[name], logs[name], rtol=1e-3, err_msg=name)
 
 
-def test_sdxl_streams_too(shards, sdxl, tmp_path):
-    logs = train_sdxl(tmp_path, sdxl, dataset_name=shards, **FAST, rank=2, max_train_samples=4, train_batch_size=4)
-    assert len(logs["loss"]) == 2 and np.isfinite(logs["loss"]).all()
-
-
 def test_a_streamed_run_is_resumed_bit_for_bit(tmp_path):
     """From one epoch into the next, and past damaged pairs: two of three cannot be read."""
     table = pq.read_table(TINY / "pairs" / "train.parquet")
@@ -140,28 +126,18 @@ def test_a_streamed_run_is_resumed_bit_for_bit(tmp_path):
     (tmp_path / "damaged").mkdir()
     table = table.set_column(table.column_names.index("jpg_0"), "jpg_0", [images])
     pq.write_table(table, tmp_path / "damaged" / "train-0.parquet", row_group_size=16)
-    flags = {**FAST, "dataset_name": tmp_path / "damaged", "max_train_samples": 40, "max_train_steps": 24}
-    flags |= {"checkpointing_steps": 7, "dataloader_num_workers": 1}
+    flags = {**FAST, "dataset_name": tmp_path / "damaged", "max_train_samples": 20, "max_train_steps": 12}
+    flags |= {"checkpointing_steps": 5, "dataloader_num_workers": 1, "rank": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_smpo_sd15, "MAX_BAD_SHARE", 1)
         logs = train(tmp_path / "whole", **flags)
-        assert logs["skipped_pairs"][-1] > 24 and logs["epoch"][-1] > 1 and np.isfinite(logs["loss"]).all()
-        for stop in (7, 21):
+        assert logs["skipped_pairs"][-1] > 12 and logs["epoch"][-1] > 1 and np.isfinite(logs["loss"]).all()
+        for stop in (5, 10):
             shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", tmp_path / str(stop) / f"checkpoint-{stop}")
             resumed = train(tmp_path / str(stop), resume_from_checkpoint="latest", **flags)
             assert resumed["skipped_pairs"] == logs["skipped_pairs"][stop:]
-            ours, theirs = unet_weights(tmp_path / str(stop)), unet_weights(tmp_path / "whole")
-            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_two_processes_stream_and_resume(shards, server, tmp_path):
-    flags = {**FAST, "dataset_name": shards, "rank": 2, "max_train_steps": 4, "checkpointing_steps": 2}
-    assert server.run(train_flags(tmp_path / "out", **flags), **TWO_PROCESSES) == 0, server.output()
-    shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
-    resumed = train_flags(tmp_path / "resumed", resume_from_checkpoint="latest", **flags)
-    assert server.run(resumed, **TWO_PROCESSES) == 0, server.output()
-    logs, resumed = read_logs(tmp_path / "out"), read_logs(tmp_path / "resumed")
-    assert len(logs["loss"]) == 4 and resumed["loss"] == logs["loss"][2:]
+            ours, theirs = (load_file(folder / LORA_FILE) for folder in (tmp_path / str(stop), tmp_path / "whole"))
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_streaming_from_the_hub(shards, tmp_path):

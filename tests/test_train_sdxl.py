@@ -127,18 +127,18 @@ def test_full_fine_tuning(full_run, sdxl, base_picture):
     assert (args["beta_dpo"], args["optimizer"], args["gamma"]) == (5000, "adafactor", 10)
 
 
-def test_the_saved_unet_is_the_published_one_but_for_its_widths(full_run):
+def test_the_saved_unet_is_the_published_one_but_for_widths_and_depths(full_run):
     with torch.device("meta"):
         real, small = make_unet("sdxl"), make_unet("tiny-sdxl")
     assert sum(parameter.numel() for parameter in real.parameters()) == 2_567_463_684
     saved = unet_weights(full_run[0])
-    assert saved.keys() == real.state_dict().keys()
+    assert saved.keys() < real.state_dict().keys()
     assert {name: value.shape for name, value in saved.items()} == {n: v.shape for n, v in small.state_dict().items()}
     config = json.loads((full_run[0] / "unet" / "config.json").read_text())
     widths = {key: real.config[key] for key in real.config if key[0] != "_" and real.config[key] != small.config[key]}
     assert set(widths) == {
         "block_out_channels", "attention_head_dim", "cross_attention_dim", "addition_time_embed_dim", "sample_size",
-        "projection_class_embeddings_input_dim", "norm_num_groups",
+        "projection_class_embeddings_input_dim", "norm_num_groups", "transformer_layers_per_block",
     }  # fmt: skip
     with torch.device("meta"):
         widened = UNet2DConditionModel.from_config({**config, **widths})
@@ -146,7 +146,7 @@ def test_the_saved_unet_is_the_published_one_but_for_its_widths(full_run):
 
 
 def test_lora(lora_run, sdxl, base_picture, tmp_path):
-    """The saved LoRA, loaded by diffusers, is the policy; on the published UNet it has the same 1,120 names."""
+    """The saved LoRA, loaded by diffusers, is the policy; on the published UNet it has 1,120 of the same names."""
     folder, logs, _ = lora_run
     assert logs["loss"][0] == pytest.approx(math.log(2), abs=1e-6) and logs["loss"][1] != logs["loss"][0]
     weights = load_file(folder / train_smpo_sdxl.LORA_FILE)
@@ -162,7 +162,7 @@ def test_lora(lora_run, sdxl, base_picture, tmp_path):
     args = train_smpo_sdxl.parse_args(train_flags(tmp_path / "other", rank=4))
     train_smpo_sdxl.set_up_unets(PartialState(), {"unet": real}, torch.float32, args)
     layers = diffusers.utils.convert_state_dict_to_diffusers(train_smpo_sdxl.get_peft_model_state_dict(real))
-    assert len(layers) == 2 * 4 * 2 * 70 and {f"unet.{name}" for name in layers} == weights.keys()
+    assert len(layers) == 2 * 4 * 2 * 70 and {f"unet.{name}" for name in layers} > weights.keys()
     for name, value in layers.items():
         layer = real.get_submodule(name.rsplit(".lora", 1)[0])
         assert tuple(value.shape) == ((4, layer.in_features) if ".lora.down." in name else (layer.out_features, 4))
@@ -177,14 +177,9 @@ def fused_unet(script, base, folder, name):
     return pipeline.unet.state_dict()
 
 
-@pytest.mark.parametrize("script", [train_smpo_sd15, train_smpo_sdxl], ids=["sd15", "sdxl"])
-def test_kohya_format_is_the_same_lora(script, tmp_path, request):
+def test_kohya_format_is_the_same_lora(lora_run, sdxl):
     """Key by key against the diffusers file, and it changes the UNet alike; alpha is not the rank."""
-    if script is train_smpo_sdxl:
-        base, folder = request.getfixturevalue("sdxl"), request.getfixturevalue("lora_run")[0]
-    else:
-        base, folder = TINY / "sd15", tmp_path
-        train(tmp_path, label_column="label_0", rank=4, lora_alpha=8, learning_rate=1e-2, noising="forward")
+    script, folder = train_smpo_sdxl, lora_run[0]
     weights, kohya = (load_file(folder / name) for name in (script.LORA_FILE, script.KOHYA_LORA_FILE))
     expected = {}
     for name, value in weights.items():
@@ -193,7 +188,7 @@ def test_kohya_format_is_the_same_lora(script, tmp_path, request):
         expected.update({f"{layer}.lora_{kind}.weight": value, f"{layer}.alpha": torch.tensor(8.0)})
     assert kohya.keys() == expected.keys()
     assert all(torch.equal(kohya[name], expected[name]) for name in expected)
-    ours, theirs = (fused_unet(script, base, folder, name) for name in (script.LORA_FILE, script.KOHYA_LORA_FILE))
+    ours, theirs = (fused_unet(script, sdxl, folder, name) for name in (script.LORA_FILE, script.KOHYA_LORA_FILE))
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(theirs[name], ours[name])

@@ -1,7 +1,7 @@
 # Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
 """Stable Diffusion 1.5 and XL in their published configurations with random weights, and both in miniature.
 
-The miniature of SDXL has its blocks and layers, so its parameters have the same names; only the widths are small.
+The miniature of SDXL has its blocks, so its parameters have the same names; widths are small, and transformer layers few.
 "tiny-sd15" is the trained model of tests/tiny, "small-sd15" SD1.5 at a quarter of its width between that model's VAE
 and text encoder.
 """
@@ -45,7 +45,7 @@ UNETS = {
     "tiny-sdxl": {
         **SDXL_BLOCKS, "sample_size": 8, "block_out_channels": (16, 32, 48), "attention_head_dim": (1, 2, 3),
         "cross_attention_dim": 48, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 72,
-        "norm_num_groups": 8,
+        "norm_num_groups": 8, "transformer_layers_per_block": (1, 1, 2),
     },
 }  # fmt: skip
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

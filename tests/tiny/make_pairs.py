@@ -1,17 +1,4 @@
-# coding=utf-8
-# Copyright 2026 The SmPO-Diffusion reference implementation authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
 """Makes the tiny preference pairs, in the schema of Pick-a-Pic v2, that the tests and the demo run on.
 
     python tests/tiny/make_pairs.py --output_dir tests/tiny --work_dir /tmp/tiny
