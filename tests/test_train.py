@@ -126,8 +126,8 @@ def test_lora(tmp_path, labels_path):
     "flags",
     [
         {"noising": "ddim", "optimizer": "adafactor", "gradient_checkpointing": True},
-        {"noising": "released", "lr_warmup_steps": 1, "dataloader_num_workers": 1, "no_hflip": None},
-        {"renoise_at": "every_move", "use_8bit_adam": True},
+        {"noising": "renoise", "lr_warmup_steps": 1, "dataloader_num_workers": 1, "no_hflip": None},
+        {"noising": "renoise", "renoise_at": "every_move", "use_8bit_adam": True},
         {"mixed_precision": "bf16", "rank": 2, "gradient_checkpointing": True},
         {"noising": "forward", "max_train_samples": 5, "proportion_empty_prompts": 1.0, "allow_tf32": True},
     ],
