@@ -6,6 +6,7 @@ What is compared with another computation is in float64, where a tolerance of 1e
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 
@@ -31,24 +32,21 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(scope="module")
-def bed():
+@functools.cache
+def bed_of(dtype):
     return Bed()
 
 
-@pytest.fixture(scope="module")
-def double_beds():
-    torch.set_default_dtype(torch.float64)
-    bed = Bed()
-    torch.set_default_dtype(torch.float32)
-    return bed
+@pytest.fixture
+def bed():
+    return bed_of(torch.float32)
 
 
 @pytest.fixture
-def double_bed(double_beds):
+def double_bed():
     """All of it in float64, and what a test makes, too."""
     torch.set_default_dtype(torch.float64)
-    yield double_beds
+    yield bed_of(torch.float64)
     torch.set_default_dtype(torch.float32)
 
 
@@ -70,9 +68,6 @@ def batch(double_bed):
     states = double_bed.prompts(random_scenes(3, generator)).states.repeat(2, 1, 1)
     noise = torch.randn(3, 4, 4, 4, generator=generator).repeat(2, 1, 1, 1)
     return x_0, states, torch.tensor([30, 420, 700]).repeat(2), noise, torch.tensor([0.9, 0.2, 0.6])
-
-
-# One step
 
 
 @pytest.mark.parametrize("name", ["forward_hard", "last_soft", "every_soft", "released_soft"])
@@ -151,9 +146,6 @@ def test_every_row_reaches_x_t_as_it_says(double_bed, policy, batch):
         assert ROWS[f"{name}_soft"] == dataclasses.replace(row, labels="soft", gamma=10.0)
 
 
-# The bed
-
-
 @torch.no_grad()
 def test_sampling_goes_back_where_a_constant_prediction_came_from(double_bed, batch):
     bed, (x_0, states, t, _, _) = double_bed, batch
@@ -184,26 +176,22 @@ def test_scores(bed):
 
 def test_prompts_and_draws(bed):
     train_captions, test_captions = (set(read_pairs(split)["caption"]) for split in ("train", "test"))
-    report, tuning, fresh = (
-        {caption(scene) for scene in prompts.scenes}
-        for prompts in (bed.report_prompts(), bed.tuning_prompts(), bed.training_prompts(99, seeded(1)))
-    )
+    several = bed.report_prompts(), bed.tuning_prompts(), bed.training_prompts(99, seeded(1))
+    report, tuning, fresh = ({caption(scene) for scene in prompts.scenes} for prompts in several)
     assert report == test_captions and len(tuning) == 48
     assert not report & (train_captions | fresh) and not tuning & (train_captions | report | fresh)
 
     soft = torch.linspace(0.05, 0.95, 200)
     pairs = Pairs(torch.zeros(200, 2, 4, 8, 8), torch.full((200, 2, 4, 8, 8), 0.5), torch.zeros(200, 2, 2), soft)
     order = order_of(200, 150, seed=0)
-    assert len(set(order.tolist())) == 150 and set(order.tolist()) < set(range(200))
-    assert not torch.equal(order_of(200, 150, seed=1), order)
+    assert len(set(order.tolist())) == 150 and not torch.equal(order_of(200, 150, seed=1), order)
     some = chosen(pairs, order[:50])
     x_0, _, t, noise, labels = draw_batch(some, "soft", seed=0, step=1)
     assert torch.equal(noise[:50], noise[50:]) and torch.equal(t[:50], t[50:]) and torch.equal(labels, some.soft)
     assert torch.equal(draw_batch(some, "hard", 0, 1)[-1], some.soft.round())
     assert abs(x_0.std().item() - 0.5) < 6 * 0.5 / (2 * x_0.numel()) ** 0.5  # standard errors
     assert not torch.equal(x_0[:50], x_0[50:]) and not torch.equal(draw_batch(some, "soft", 0, 2)[2], t)
-    both = joined(some, pairs)
-    assert len(both.soft) == 250 and torch.equal(both.mean[:50], some.mean)
+    assert torch.equal(joined(some, pairs).soft, torch.cat([some.soft, soft]))
 
 
 def test_stored_pairs_have_the_scripts_labels(bed):
@@ -245,9 +233,6 @@ def test_own_pairs_are_the_samplers(bed):
     assert logits.abs().max() <= 1
 
 
-# The parts
-
-
 @pytest.mark.parametrize("name", ["forward_hard", "last_soft"])
 def test_the_gradient_of_a_preference_is_that_of_the_loss(name, double_bed, batch):
     """Policy and reference being equal, the loss is log 2 with a gradient of -beta gamma / 4 times the direction."""
@@ -265,36 +250,39 @@ def test_the_gradient_of_a_preference_is_that_of_the_loss(name, double_bed, batc
 def test_gradients(bed, tmp_path, monkeypatch):
     """Every noising's tau is its own, t is in its quarter, cosines are those of the gradients; nothing is run twice."""
     some = {name: NOISINGS[name] for name in ("forward", "last", "quarter")}
-    for name, value in {"GRADIENT_PAIRS": 2, "GRADIENT_SETS": 3, "NOISINGS": some}.items():
+    for name, value in {"GRADIENT_PAIRS": 1, "GRADIENT_SETS": 3, "NOISINGS": some}.items():
         monkeypatch.setattr(run_ablation, name, value)
-    pairs, seen, gradient_of = bed.own_pairs(num_prompts=2), [], run_ablation.preference_gradient
+    pairs, batches, found, gradient_of = bed.own_pairs(num_prompts=2), [], [], run_ablation.preference_gradient
+
+    def spied(bed, unet, batch):
+        batches.append(batch)
+        found.append(gradient_of(bed, unet, batch))
+        return found[-1]
+
     monkeypatch.setattr(Lab, "pairs", lambda lab, name: pairs)
-    spy = lambda bed, unet, batch: seen.append((batch, gradient_of(bed, unet, batch))) or seen[-1][1]  # noqa: E731
-    monkeypatch.setattr(run_ablation, "preference_gradient", spy)
-    lab = Lab(tmp_path, None, bed)
-    run_ablation.gradients(lab)
-    run_ablation.gradients(lab)
-    assert len(seen) == 4 * 3 * 3  # quarters, sets, noisings
-    for i, ((x_0, states, t, tau, _), _) in enumerate(seen):
-        noise, row = seen[i - i % 3][0][3], list(some.values())[i % 3]
-        assert torch.equal(t // 250, torch.full_like(t, i // 9))
-        x_t, _ = bed.noised(row, bed.unet, x_0, states, t, noise)
+    monkeypatch.setattr(run_ablation, "preference_gradient", spied)
+    known = {"size": 1.0, "std_tau": 1.0, "residual": 1.0, "agreement": 0.5, "forward": 0.5}
+    about = [{"quarter": q, "noising": name, "set": number} for q in (0, 2, 3) for name in some for number in range(3)]
+    append(tmp_path / "gradients.csv", [{**row, **known} for row in about])
+    for _ in range(2):
+        run_ablation.gradients(Lab(tmp_path, None, bed))
+    assert len(batches) == 3 * 3  # sets, noisings
+    for i, (x_0, states, t, tau, _) in enumerate(batches):
+        assert torch.equal(t // 250, torch.ones_like(t))
+        x_t, _ = bed.noised([*some.values()][i % 3], bed.unet, x_0, states, t, batches[i - i % 3][3])
         # x_0 and x_t, of some units, are rounded before they are divided by sqrt(1 - alpha_bar), of 0.03 and more
         torch.testing.assert_close(tau, smpo.implied_noise(x_0, x_t, bed.alpha_bar[t]), rtol=0, atol=8 * 2**-24 / 0.03)
-    rows = pd.read_csv(tmp_path / "gradients.csv").set_index(["quarter", "noising", "set"])
-    assert len(rows) == len(seen) and (rows[["size", "std_tau", "residual"]] > 0).all(axis=None)
-    forward, last = ([seen[9 + 3 * k + j][1][0].double() for k in range(3)] for j in (0, 1))  # of quarter 1
-
-    def cosine(a, b):
-        return torch.cosine_similarity(a, b, dim=0).item()
-
+    rows = pd.read_csv(tmp_path / "gradients.csv")
+    row, cosine = rows.set_index(["quarter", "noising", "set"]).loc[1, "last", 0], torch.nn.CosineSimilarity(dim=0)
+    forward, last = ([found[3 * k + noising][0].double() for k in range(3)] for noising in (0, 1))
     expected = (cosine(last[0], last[1]) + cosine(last[0], last[2])) / 2
-    assert rows["agreement"][1, "last", 0] == pytest.approx(expected, abs=1e-4)  # fp32, of 2.6 M weights
+    assert row["agreement"] == pytest.approx(expected.item(), abs=1e-4)  # fp32, of 2.6 M weights
     expected = sum(cosine(last[0], forward[k]) + cosine(last[k], forward[0]) for k in (1, 2)) / 4
-    assert rows["forward"][1, "last", 0] == pytest.approx(expected, abs=1e-4)
-    make_tables.gradients_picture(rows.reset_index(), tmp_path / "gradients.png")
+    assert row["forward"] == pytest.approx(expected.item(), abs=1e-4)
+    assert row["size"] == pytest.approx(last[0].pow(2).mean().sqrt().item(), rel=1e-4)
+    make_tables.gradients_picture(rows, tmp_path / "gradients.png")
     assert (tmp_path / "gradients.png").stat().st_size > 1000
-    assert make_tables.gradients_table(rows.reset_index()).count("\n") == 2 + 1 + len(some)
+    assert make_tables.gradients_table(rows).count("\n") == 2 + 1 + len(some)
 
 
 def test_inversion(bed, tmp_path, monkeypatch):
@@ -382,44 +370,43 @@ def test_a_big_bed_is_trained_in_pieces(tmp_path, monkeypatch):
 
 
 def test_rounds(bed, few, tmp_path, monkeypatch):
-    """Who draws and who is the reference in which round, and what is trained on; nothing is run twice."""
-    sizes = {"ROUNDS": 2, "STEPS": 1, "PAIRS_PER_STEP": 4, "PROMPTS": 4, "SEEDS": [0]}
+    """Who draws and who is the reference in the second round, and what is trained on; nothing is run twice."""
+    sizes = {"ROUNDS": 2, "STEPS": 1, "PAIRS_PER_STEP": 4, "PROMPTS": 4, "IMAGES_PER_PROMPT": 2, "SEEDS": [0]}
     for name, value in {**sizes, "Bed": lambda: bed}.items():
         monkeypatch.setattr(rounds, name, value)
-    seen, draw, train = [], rounds.drawn_pairs, rounds.train
+    drawers, trained, draw, train = [], [], rounds.drawn_pairs, rounds.train
 
     def weights(unet):
         return flat(unet.parameters()).detach().clone()
 
     def spied_draw(bed, unet, *rest):
-        seen.append([weights(unet)])
+        drawers.append(weights(unet))
         return draw(bed, unet, *rest)
 
     def spied_train(bed, row, pairs, seed, pairs_per_step, steps, unet):
-        seen.append([weights(bed.unet), weights(unet), pairs])
-        yield from train(bed, row, pairs, seed, pairs_per_step, steps, unet)
+        trained.append((weights(bed.unet), weights(unet), pairs.mean))
+        return train(bed, row, pairs, seed, pairs_per_step, steps, unet)
 
     monkeypatch.setattr(rounds, "drawn_pairs", spied_draw)
     monkeypatch.setattr(rounds, "train", spied_train)
-    args = rounds.parse_args(["--results", str(tmp_path)])
-    rounds.main(args)
-    before = (tmp_path / "rounds.csv").read_text()
-    rounds.main(args)
-    assert (tmp_path / "rounds.csv").read_text() == before and len(seen) == 4 * 4 + 2
-    base, foreign = weights(bed.unet), few(tmp_path).pairs("foreign")
-    for i, name in enumerate(["offline", "rounds", "rounds_to_base", "mix"]):
-        (first,), (reference, start, _), (drawer,), (next_reference, last, pairs) = seen[4 * i : 4 * i + 4]
-        assert all(torch.equal(x, base) for x in (first, reference, start)) and not torch.equal(last, base)
-        assert torch.equal(drawer, base if name == "offline" else last)
-        assert torch.equal(next_reference, base if name in ("offline", "rounds_to_base") else last)
-        is_new = [not (foreign.mean == mean).flatten(1).all(1).any() for mean in pairs.mean]
-        assert sum(is_new) == (1 if name == "mix" else 4) == len(is_new) - (3 if name == "mix" else 0)
-    assert len({tuple(mean.flatten().tolist()) for _, _, pairs in seen[-2:] for mean in pairs.mean}) == 2 * 4
+    for _ in range(2):
+        rounds.main(rounds.parse_args(["--noising", "forward", "--results", str(tmp_path)]))
+    assert (len(drawers), len(trained)) == (2 * 4, 2 * 5)
+    base, foreign = weights(bed.unet), few(tmp_path).pairs("foreign").mean
+    for i, name in enumerate(rounds.VARIANTS):
+        (reference, start, _), (next_reference, last, pairs) = trained[2 * i : 2 * i + 2]
+        assert torch.equal(reference, base) and torch.equal(start, base) and not torch.equal(last, base)
+        assert torch.equal(next_reference, last if name in ("rounds", "mix") else base)
+        if name != "foreign":
+            assert torch.equal(drawers[2 * i], base) and torch.equal(drawers[2 * i + 1], base if i == 0 else last)
+        num_foreign = sum((foreign == mean).flatten(1).all(1).any().item() for mean in pairs)
+        assert len(pairs) == 4 and num_foreign == {"mix": 3, "foreign": 4}.get(name, 0)
+    assert len(torch.cat([trained[-2][2], trained[-1][2]]).unique(dim=0)) == 2 * 4  # foreign pairs come once
     runs = make_tables.read_runs(tmp_path / "rounds.csv").set_index("name")
-    drawing, training = 2 * 4 * 4 * 10, runs["unet_calls"]["foreign"]  # rounds, prompts, images, steps
-    assert runs["unet_calls"]["offline"] == runs["unet_calls"]["rounds"] == drawing + training
-    assert set(runs["step"]) == {2} and not runs["gain"].eq(0).any()
-    assert make_tables.make_tables(tmp_path)["rounds"].startswith("**Released noising**")
+    drawing = 2 * 4 * 2 * 10  # rounds, prompts, images, steps
+    assert runs["unet_calls"]["offline"] == runs["unet_calls"]["foreign"] + drawing == runs["unet_calls"]["rounds"]
+    assert len(runs) == 5 and set(runs["step"]) == {2} and not runs["gain"].eq(0).any()
+    assert make_tables.make_tables(tmp_path)["rounds"].startswith("**Forward noising**")
 
 
 def test_the_best_is_drawn_against_the_worst(bed):
@@ -434,9 +421,6 @@ def test_the_best_is_drawn_against_the_worst(bed):
     best = bed.encode(pictures.view(3, 4, 3, 64, 64)[torch.arange(3), rewards.argmax(1)])[0]
     torch.testing.assert_close(pairs.mean[:, 0], best, rtol=0, atol=1e-5)
     assert calls == 3 * 4 * 10
-
-
-# The tables
 
 
 def test_statistics_against_known_values():
@@ -475,20 +459,17 @@ def test_tables_of_a_small_csv(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- ablation: runs -->\nold\n<!-- end of ablation -->\nnew")
     make_tables.main(make_tables.parse_args(["--results", str(tmp_path), "--readme", str(readme)]))
-    lines = readme.read_text().splitlines()
-    half = 4.302653 / 3**0.5
-    assert lines[1] == "**Foreign pairs**" and lines[-2:] == ["<!-- end of ablation -->", "new"]
-    row = "| ReNoise, last of 9 moves, soft | 5e-05 | {} | 100 | "
-    scores = f"+2.00 ± {half:.2f} | +4.00 ± {2 * half:.2f} | 0.500 ± 0.000 | 0.100 ± 0.000 | 0.200 ± 0.000 | 3 |"
-    assert lines[5:7] == [row.format(4) + scores, row.format(8) + scores]
-    p = make_tables.two_sided_p(2 * 3**0.5, 2)  # both differences have a mean of twice their standard deviation
-    over = lines[lines.index("**Foreign pairs, equal steps**") + 4 :][:2]
-    assert over[0].startswith("| DDIM, 9 moves, soft, over the default |") and over[1].startswith("| forward")
-    assert f"| +2.00 ± {half:.2f} | {p:.3f} | {2 * p:.3f} | +4.00 " in over[0]
-    assert f"| +4.00 ± {2 * half:.2f} | {p:.3f} | {2 * p:.3f} | +8.00 " in over[1]
-    dear = lines[lines.index("**Foreign pairs, about equal UNet calls**") + 4]
-    title = "| ReNoise, last of 9 moves, soft, 4 steps, over forward (Diffusion-DPO), soft, 8 steps | -4.00 ± "
-    assert dear.startswith(title)
+    text, half = readme.read_text(), 4.302653 / 3**0.5
+    assert (
+        text.startswith("<!-- ablation: runs -->\n**Foreign pairs**") and "old" not in text and text.endswith("\nnew")
+    )
+    gains, scores = f"+2.00 ± {half:.2f} | +4.00 ± {2 * half:.2f}", "0.500 ± 0.000 | 0.100 ± 0.000 | 0.200 ± 0.000"
+    assert f"\n| ReNoise, last of 9 moves, soft | 5e-05 | 8 | 100 | {gains} | {scores} | 3 |\n" in text
+    p = make_tables.two_sided_p(2 * 3**0.5, 2)  # all differences have a mean of twice their standard deviation
+    ddim, forward = text.split("**Foreign pairs, equal steps**")[1].split("\n")[4:6]
+    assert f"DDIM, 9 moves, soft, over the default | +2.00 ± {half:.2f} | {p:.3f} | {2 * p:.3f} | +4.00 " in ddim
+    assert f"| +4.00 ± {2 * half:.2f} | {p:.3f} | {2 * p:.3f} | +8.00 " in forward
+    assert "last of 9 moves, soft, 4 steps, over forward (Diffusion-DPO), soft, 8 steps | -4.00 ± " in text
     runs = make_tables.read_runs(tmp_path / "runs.csv")
     two_seeds = make_tables.calm_tables(runs[runs["seed"] < 2])
     assert "±" not in two_seeds and "equal" not in two_seeds and "| +1.50 | +3.00 |" in two_seeds

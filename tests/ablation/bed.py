@@ -80,12 +80,11 @@ class Prompts(NamedTuple):
 
 
 def chosen(some, rows):
-    """Those of some pairs or prompts."""
+    """Some of these pairs or prompts."""
     return type(some)(*(tensor[rows] for tensor in some))
 
 
 def joined(*several):
-    """Pairs, one after the other."""
     return Pairs(*map(torch.cat, zip(*several)))
 
 
@@ -126,9 +125,8 @@ class Bed:
         table = read_pairs(split)[trained_on]
         images = [smpo.decode_image(data, []) for column in ("jpg_0", "jpg_1") for data in table[column]]
         pictures = torch.stack([smpo.cut_square(image, RESOLUTION, mirror=False) for image in images]) / 255
-        states = self.prompts([SCENES[text] for text in table["caption"]]).states
         soft = torch.tensor(labels["soft_label_0"][trained_on].to_numpy(), dtype=pictures.dtype)
-        return Pairs(*self.of_pairs(pictures), states, soft)
+        return self.as_pairs(pictures, self.prompts([SCENES[text] for text in table["caption"]]), soft)
 
     def foreign_pairs(self):
         """Pairs of images that the base model did not make: the stored ones, and fresh ones of two sources."""
@@ -155,18 +153,20 @@ class Bed:
         generator = torch.Generator().manual_seed(OWN_SEED)
         prompts = self.training_prompts(num_prompts, generator)
         pictures = self.decode(self.sample(self.unet, prompts, images_per_prompt, generator, OWN_SAMPLING_STEPS))
-        couples = [(i, j) for i in range(images_per_prompt) for j in range(i)]
-        places = torch.arange(len(pictures)).view(num_prompts, images_per_prompt)
-        places = torch.cat([places[:, [couple[k] for couple in couples]].flatten() for k in (0, 1)])
-        of_couples = torch.arange(num_prompts).repeat_interleave(len(couples))
-        return self.labelled(chosen(prompts, of_couples), pictures[places])
+        couples = torch.tril_indices(images_per_prompt, images_per_prompt, -1)  # [2, couples]
+        first = torch.arange(num_prompts).repeat_interleave(couples.shape[1])
+        places = images_per_prompt * first + couples.repeat(1, num_prompts)
+        return self.labelled(chosen(prompts, first), pictures[places.flatten()])
 
     def labelled(self, prompts, pictures, score_range=None):
         """Pairs of pictures `[2Q, ...]`, one of each prompt, labelled for a range of rewards, if None their own."""
         rewards = torch.cat([self.rewards(*some) for some in in_batches(pictures, prompts.texts.repeat(2, 1))])
         score_range = score_range or (rewards.min().item(), rewards.max().item())
-        soft = relabel_pickapic.soft_label(*rewards.chunk(2), *score_range)
-        return Pairs(*self.of_pairs(pictures), prompts.states, soft.to(prompts.states.dtype))
+        return self.as_pairs(pictures, prompts, relabel_pickapic.soft_label(*rewards.chunk(2), *score_range))
+
+    def as_pairs(self, pictures, prompts, soft):
+        mean, std = (torch.stack(images.chunk(2), 1) for images in self.encode(pictures))
+        return Pairs(mean, std, prompts.states, soft.to(mean.dtype))
 
     def encode(self, pictures):
         """Mean and standard deviation of the VAE's posterior, scaled, of pictures `[N, 3, H, W]` in [0, 1]."""
@@ -174,33 +174,23 @@ class Bed:
         scale = self.vae.config.scaling_factor
         return [scale * torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std")]
 
-    def of_pairs(self, pictures):
-        """The same of pictures `[2P, ...]`: `[P, 2, 4, h, w]`."""
-        return [torch.stack(images.chunk(2), 1) for images in self.encode(pictures)]
-
     def prompts(self, scenes):
         captions = [caption(scene) for scene in scenes]
         states = smpo.encode_prompts(captions, self.text)["encoder_hidden_states"]
         texts = relabel_pickapic.embed_texts(self.reward, self.processor.tokenizer, captions)
         return Prompts(torch.stack(list(scenes)), states, texts)
 
-    def fresh_prompts(self, n, generator, taken):
-        """Prompts, some more than once, none of them one of the captions `taken`."""
-        return self.prompts([scene for scene in random_scenes(2 * n, generator) if caption(scene) not in taken][:n])
-
-    def training_prompts(self, n, generator):
-        """Prompts that are neither reported nor tuned on."""
-        held_out = [*self.report_prompts().scenes, *self.tuning_prompts().scenes]
-        return self.fresh_prompts(n, generator, {*map(caption, held_out)})
-
     def report_prompts(self):
         """The prompts of the tiny test split, none of which is trained on."""
-        return self.prompts([SCENES[text] for text in dict.fromkeys(read_pairs("test")["caption"])])
+        return self.prompts(report_scenes())
 
-    def tuning_prompts(self, n=48):
+    def tuning_prompts(self):
         """New prompts, neither trained on nor reported."""
-        taken = {text for split in ("train", "test") for text in read_pairs(split)["caption"]}
-        return self.fresh_prompts(n, torch.Generator().manual_seed(TUNING_PROMPTS_SEED), taken)
+        return self.prompts(tuning_scenes())
+
+    def training_prompts(self, n, generator):
+        """Prompts, some more than once, that are neither reported nor tuned on."""
+        return self.prompts(fresh_scenes(n, generator, {*map(caption, report_scenes() + tuning_scenes())}))
 
     # Sampling and scoring
 
@@ -252,10 +242,9 @@ class Bed:
     def evaluate(self, unet, prompts, seed, base_pictures=None):
         """Scores of a UNet on prompts, and its pictures. The initial noise depends on the seed alone.
 
-        Returns:
-            A dict of `reward` (100 times the labelling model's cosine), `judge` (score of the judge), `accuracy`
-            (share of the attributes that the judge reads off as the prompt has them), `diversity` (RMS between the
-            pictures of a prompt), `distance` (RMS to the base's pictures from the same noise); and the pictures.
+        The scores are `reward` (100 times the labelling model's cosine), `judge`, `accuracy` (share of the attributes
+        that the judge reads off as the prompt has them), `diversity` (RMS between the pictures of a prompt) and
+        `distance` (RMS to the base's pictures from the same noise).
         """
         n, generator = IMAGES_PER_PROMPT, torch.Generator().manual_seed(seed)
         pictures = self.decode(self.sample(unet, prompts, n, generator))
@@ -314,12 +303,12 @@ class Bed:
 class BigBed(Bed):
     """Scenes of 128 pixels in the tiny VAE's latents, and a UNet of 39 M parameters that learned them from nothing.
 
-    Its training is saved at `path` now and then, and goes on from there; at the time `end` it stops with a message.
+    Its training stops at the time `end` with a message, is saved at `path` then, and goes on from there.
     """
 
     latent_size, resolution = 16, 128
     architecture = {"block_out_channels": [192, 384], "layers_per_block": 2, "sample_size": 16}
-    num_steps, batch_size, num_latents, learning_rate, saved_every = 6000, 256, 32_768, 4e-4, 500
+    num_steps, batch_size, num_latents, learning_rate = 6000, 256, 32_768, 4e-4
     num_rendered, num_own_prompts = 4096, 700
 
     def __init__(self, device, path, end=None):
@@ -345,7 +334,8 @@ class BigBed(Bed):
             self.unet.load_state_dict(saved["unet"])
             optimizer.load_state_dict(saved["optimizer"])
             done = saved["step"]
-        mean, std, scenes = self.rendered_latents() if done < self.num_steps else (None, None, None)
+        if done < self.num_steps:
+            mean, std, scenes = self.rendered_latents()
         for step in range(done, self.num_steps):
             generator = torch.Generator().manual_seed(BASE_SEED + step)
             rows = torch.randint(len(mean), (self.batch_size,), generator=generator)
@@ -362,21 +352,22 @@ class BigBed(Bed):
             optimizer.step()
             optimizer.zero_grad()
             done, late = step + 1, end is not None and time.monotonic() > end
-            if late or done % self.saved_every == 0 or done == self.num_steps:
+            if late or done == self.num_steps:
                 parts = {"unet": self.unet.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save({"step": done, **parts}, path)
-            if late:
+            if late and done < self.num_steps:
                 raise SystemExit(f"base model: step {done} of {self.num_steps}; the same command goes on.")
 
     @torch.no_grad()
     def rendered_latents(self):
         """Posteriors of pictures that the base learns from: mean and standard deviation; and their scenes."""
-        generator, found = torch.Generator().manual_seed(BASE_SEED), []
-        for _ in range(0, self.num_latents, BATCH):
-            scenes = random_scenes(BATCH, generator)
-            pictures = render(scenes, random_vividness(BATCH, generator), generator, self.resolution)
-            found.append((*self.encode(pictures), scenes))
-        return [torch.cat(parts) for parts in zip(*found)]
+        generator = torch.Generator().manual_seed(BASE_SEED)
+        scenes = random_scenes(self.num_latents, generator)
+        batches = []
+        for some in scenes.split(BATCH):
+            pictures = render(some, random_vividness(len(some), generator), generator, self.resolution)
+            batches.append(self.encode(pictures))
+        return *map(torch.cat, zip(*batches)), scenes
 
 
 def in_batches(*tensors):
@@ -388,6 +379,21 @@ def partly_random(tau, noise, share):
     return (1 - share) ** 0.5 * tau + share**0.5 * noise
 
 
+def fresh_scenes(n, generator, taken):
+    """Scenes that no caption in `taken` describes."""
+    return [scene for scene in random_scenes(2 * n, generator) if caption(scene) not in taken][:n]
+
+
+def report_scenes():
+    return [SCENES[text] for text in dict.fromkeys(read_pairs("test")["caption"])]
+
+
+def tuning_scenes():
+    taken = {text for split in ("train", "test") for text in read_pairs(split)["caption"]}
+    return fresh_scenes(48, torch.Generator().manual_seed(TUNING_PROMPTS_SEED), taken)
+
+
+@functools.cache
 def read_pairs(split):
     return pd.read_parquet(TINY / "pairs" / f"{split}.parquet")
 

@@ -27,7 +27,7 @@ NOISINGS = {
     "every": "ReNoise, every one of 5 moves",
     "released": "released code, 5 levels",
     "overshoot": "DDIM to where the released code ends",
-    "overshoot_mixed": "the same, half random",
+    "overshoot_mixed": "half random, half DDIM to there",
     "quarter": "a quarter random, the rest last of 9",
     "mixed": "half random, half last of 9",
     "three_quarters": "three quarters random, the rest last of 9",
@@ -45,26 +45,21 @@ DEFAULT, RELEASED, CHEAPEST, COMMON_RATE = "last_soft", "released_soft", "forwar
 NUM_SEEDS, LEVEL = 10, 0.05  # of the rule for the default
 
 
-# Statistics
+@functools.cache
+def student(df, n=200_000):
+    """Angles a, and P(|T| <= sqrt(df) tan(a)) of Student's t: the density of a is proportional to cos(a) ** (df - 1)."""
+    angles = (np.arange(n) + 1) * np.pi / 2 / n
+    area = np.cumsum(np.cos(angles - np.pi / 4 / n) ** (df - 1))  # by the midpoint rule
+    return angles, area / area[-1]
 
 
 def two_sided_p(t, df):
-    """P(|T| > |t|) of Student's t. With T = sqrt(df) tan(a) the density of a is proportional to cos(a) ** (df - 1)."""
-
-    def area(end, n=20_000):  # by the midpoint rule
-        return end / n * (np.cos((np.arange(n) + 0.5) * end / n) ** (df - 1)).sum()
-
-    return max(0.0, 1 - area(math.atan(abs(t) / math.sqrt(df))) / area(math.pi / 2))
+    return 1 - np.interp(math.atan(abs(t) / math.sqrt(df)), *student(df), left=0)
 
 
-@functools.cache
 def t_quantile(df, confidence=0.95):
-    """The t that |T| exceeds with probability 1 - confidence, by bisection."""
-    low, high = 0.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided_p(middle, df) > 1 - confidence else (low, middle)
-    return high
+    """The t that |T| exceeds with probability 1 - confidence."""
+    return math.sqrt(df) * math.tan(np.interp(confidence, *student(df)[::-1]))
 
 
 def mean_interval(values):
@@ -95,9 +90,6 @@ def between_sets(values):
     k, mean = len(values), values.mean()
     variance = (k - 1) / k * (2 / (k - 2)) ** 2 * ((values - mean) ** 2).sum()
     return mean, t_quantile(k - 1) * variance**0.5
-
-
-# Runs
 
 
 def read_runs(path):
@@ -174,9 +166,6 @@ def rule(runs):
 def both_ahead(found, p, judge_p):
     """Which of some `differences` are above zero, reward and judge, by these columns of p-values."""
     return (found[["reward", "judge"]].min(axis=1) > 0) & (found[[p, judge_p]].max(axis=1) < LEVEL)
-
-
-# Writing
 
 
 def table(header, rows):
@@ -280,7 +269,8 @@ def gradients_picture(rows, path):
         for i, (name, text) in enumerate(NOISINGS.items()):
             if name in means:
                 axes.plot(range(1, 5), means[name], "os^vD"[i % 5] + "-", label=text, color=f"C{i}", markersize=4)
-        axes.set(title=title, xlabel="quarter of t", xticks=range(1, 5))
+        axes.set_title(title, fontsize="medium")
+        axes.set(xlabel="quarter of t", xticks=range(1, 5))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=90)
 

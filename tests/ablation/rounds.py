@@ -96,7 +96,7 @@ def main(args):
     lab = Lab(args.results, None, Bed(), args.seeds, time.monotonic() + args.time_limit if args.time_limit else None)
     row = ROWS[f"{args.noising}_soft"]
     for seed, name in lab.jobs("rounds", SEEDS, args.variants):
-        about = {"part": "rounds", "name": name, "pairs": "own", "seed": seed, "pairs_per_step": PAIRS_PER_STEP}
+        about = {"part": "rounds", "name": name, "pairs": "drawn", "seed": seed, "pairs_per_step": PAIRS_PER_STEP}
         lab.record(
             args.results / "rounds.csv", about | vars(row), "report", [ROUNDS * STEPS],
             lambda: rounds(lab.bed, VARIANTS[name], row, lab.pairs("foreign"), seed),

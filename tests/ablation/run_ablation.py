@@ -15,8 +15,8 @@ import functools
 import itertools
 import logging
 import time
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -52,14 +52,7 @@ BLOCKS = [  # what `calm` trains, the most important first
 ]
 
 
-class Settings(NamedTuple):
-    """What a scale trains with: pairs of a step, steps after which it is scored, seeds."""
-
-    pairs_per_step: int
-    evaluated: tuple
-    seeds: tuple
-
-
+Settings = namedtuple("Settings", ["pairs_per_step", "evaluated", "seeds"])  # evaluated: after which steps
 SCALES = {"cpu": Settings(96, (4, 8), tuple(range(10))), "gpu": Settings(256, (4, 8), tuple(range(3)))}
 TUNE_SEEDS, LEARNING_RATES = (100, 101), (2e-5, 5e-5, 1e-4)
 
@@ -75,10 +68,7 @@ VARIANTS = {
     **{f"released code, {n} levels": Row("released", num_inversion_steps=n) for n in (5, 10)},
     "forward noise": Row("forward"),
 }
-GRADIENT_SEED, GRADIENT_SETS, GRADIENT_PAIRS = 3000, 8, 24  # disjoint sets, pairs of each
-
-
-# Results
+GRADIENT_SEED, GRADIENT_SETS, GRADIENT_PAIRS = 3000, 10, 24  # disjoint sets, pairs of each
 
 
 def append(path, rows, columns=None):
@@ -124,10 +114,8 @@ class Lab:
     def record(self, path, about, prompts, evaluated, steps):
         """Scores a run, and the base, on `prompts`, and appends them to a CSV as a whole, unless they are there.
 
-        Args:
-            about: a value for each of RUN_KEY.
-            evaluated: steps after which it is scored.
-            steps: begins the run: an iterator over (UNet, UNet calls so far) after every step.
+        `about` has a value for each of RUN_KEY, `evaluated` the steps to score after; `steps()` begins the run and
+        yields (UNet, UNet calls so far) after every step.
         """
         seed = about["seed"]
         base = {**dict.fromkeys(RUN_COLUMNS, ""), "part": "base", "seed": seed, "prompts": prompts, "step": 0}
@@ -160,9 +148,6 @@ class Lab:
             self.results / "runs.csv", about, prompts, evaluated,
             lambda: train(self.bed, row, self.pairs(pairs), seed, pairs_per_step, evaluated[-1]),
         )  # fmt: skip
-
-
-# Training
 
 
 def train(bed, row, pairs, seed, pairs_per_step, num_steps, unet=None):
@@ -208,9 +193,6 @@ def tuned_rate(lab, name, pairs):
     return best_by_tuning(runs)["learning_rate"].item() if is_whole else COMMON_RATE
 
 
-# What an inversion is like
-
-
 @torch.no_grad()
 def inversion(lab):
     """How good each inversion is: std(tau), RMS of tau's distance to a fine one, of the round trip, of eps - tau."""
@@ -231,9 +213,8 @@ def inversion(lab):
             fine_tau = tau if fine_tau is None else fine_tau
             back = bed.descend(bed.unet, x_t, states, row.num_inversion_steps, t)
             eps = smpo.call_unet(bed.unet, x_t, t, {"encoder_hidden_states": states})
-            differences = {"distance": tau - fine_tau, "round_trip": back - x_0, "residual": eps - tau}
             about = {"variant": variant, "t": timestep, "seed": seed, "unet_calls": calls // len(x_0)}
-            numbers = {name: rms(x) for name, x in differences.items()}
+            numbers = {"distance": rms(tau - fine_tau), "round_trip": rms(back - x_0), "residual": rms(eps - tau)}
             rows.append({**about, "std_tau": mean_std(tau), **numbers})
         append(path, rows)
 
