@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import rounds
 import run_ablation
 import torch
 import yaml
@@ -200,12 +201,15 @@ def test_command_lines_of_benchmarks_and_ablation():
             if flags := shlex.split(flags, comments=True):
                 module = importlib.import_module(name)
                 parser_of(getattr(module, "parse_args", module.main)).parse_args(flags)
-    assert found >= {path.stem for path in (ROOT / "tests/benchmarks").glob("benchmark_*.py")} | {"run_ablation"}
+    assert found >= {path.stem for path in (ROOT / "tests/benchmarks").glob("benchmark_*.py")} | {
+        "rounds",
+        "run_ablation",
+    }
 
 
 def test_no_flag_is_spoken_of_that_is_not_there():
     known = {"--help", "--slow", "--logdir", "--shm-size"}  # of pytest, tensorboard and docker, too
-    makers = [run_ablation.parse_args]
+    makers = [rounds.parse_args, run_ablation.parse_args]
     benchmarks = [path.stem for path in (ROOT / "tests/benchmarks").glob("benchmark_*.py")]
     makers += [importlib.import_module(name).main for name in (*benchmarks, "run_gpu")]
     for parser in (*map(script_parser, SCRIPTS), launch_command_parser(), *map(parser_of, makers)):
@@ -242,7 +246,7 @@ def test_every_metric_is_explained(tmp_path):
 def test_evidence():
     """Every interval that the README quotes stands in the ablation's tables, which are those of its CSVs."""
     quoted = re.findall(r"[+-][\d.]+ ± [\d.]+", README)
-    assert len(quoted) == 7 and not [
+    assert len(quoted) == 6 and not [
         interval for interval in quoted if interval not in TEXTS["tests/ablation/README.md"]
     ]
 

@@ -2,8 +2,8 @@
 """What the ablation runs on: a small base model, pairs as latents, prompts that no pair has, scores, one step.
 
 The step is the training scripts' with everything computed once that does not change: the posterior of every image, the
-embedding of every prompt. What is left of a step is UNet calls. All of it is in PyTorch's default precision. `Bed` is
-the tiny Stable Diffusion 1.5 on a CPU, `BigBed` a UNet ten times as large that a GPU trains from nothing.
+embedding of every prompt. What is left of a step is UNet calls, in PyTorch's default precision. `Bed` is the tiny Stable
+Diffusion 1.5 on a CPU, `BigBed` a UNet ten times as large that a GPU trains from nothing.
 """
 
 import copy
@@ -14,6 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from make_tables import COMMON_RATE
 from safetensors.torch import load_file
-from transformers import CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPProcessor
 
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,17 +38,13 @@ from world import ATTRIBUTES, RESOLUTION, caption, corrupt, random_scenes, rando
 
 import relabel_pickapic  # noqa: E402
 import train_smpo_sd15 as smpo  # noqa: E402
-from relabel_pickapic import embed_texts, unit_features  # noqa: E402
 
 
-SAMPLING_STEPS = 10  # DDIM, without guidance
+SAMPLING_STEPS, OWN_SAMPLING_STEPS = 10, 20  # DDIM, without guidance: of the evaluation, of pairs drawn beforehand
 IMAGES_PER_PROMPT = 2  # of the evaluation; their distance is the diversity
-TUNING_PROMPTS_SEED = 1000
-FOREIGN_SEED = 4000
-BASE_SEED = 5000
-OWN_SEED = 2000  # of the pairs drawn from the base model
-OWN_SAMPLING_STEPS = 20
+TUNING_PROMPTS_SEED, OWN_SEED, FOREIGN_SEED, BASE_SEED = 1000, 2000, 4000, 5000
 BATCH = 64  # images in a UNet call without gradient
+SCENES = {caption(scene): scene for scene in torch.cartesian_prod(*(torch.arange(len(names)) for names in ATTRIBUTES))}
 
 
 @dataclass(frozen=True)
@@ -65,65 +62,54 @@ class Row:
     learning_rate: float = COMMON_RATE
 
 
-@dataclass
-class Pairs:
-    """P pairs as latents; row i of `mean` and `std` is image 0 of pair i, row P + i its image 1."""
+class Pairs(NamedTuple):
+    """P pairs as latents."""
 
-    mean: torch.Tensor  # of the VAE's posterior, scaled, [2P, 4, 8, 8]
+    mean: torch.Tensor  # of the VAE's posterior of image 0 and image 1, scaled, [P, 2, 4, h, w]
     std: torch.Tensor
     states: torch.Tensor  # embedded prompts, [P, 77, D]
     soft: torch.Tensor  # p_0 by the labelling model, [P]
 
-    def __len__(self):
-        return len(self.soft)
 
-    def joined(self, others):
-        """These pairs and others."""
-        images = ([*a.chunk(2), *b.chunk(2)] for a, b in ((self.mean, others.mean), (self.std, others.std)))
-        mean, std = (torch.cat([a_0, b_0, a_1, b_1]) for a_0, a_1, b_0, b_1 in images)
-        return Pairs(mean, std, torch.cat([self.states, others.states]), torch.cat([self.soft, others.soft]))
-
-    def labels(self, kind):
-        """p_0 of every pair, `[P]`."""
-        return {"soft": self.soft, "hard": (self.soft > 0.5).to(self.soft.dtype)}[kind]
-
-
-@dataclass
-class Prompts:
+class Prompts(NamedTuple):
     """Q prompts."""
 
     scenes: torch.Tensor  # [Q, 5]
     states: torch.Tensor  # embedded, [Q, 77, D]
     texts: torch.Tensor  # the labelling model's embeddings, [Q, D]
 
-    def __getitem__(self, rows):
-        return Prompts(self.scenes[rows], self.states[rows], self.texts[rows])
+
+def chosen(some, rows):
+    """Some of these pairs or prompts."""
+    return type(some)(*(tensor[rows] for tensor in some))
+
+
+def joined(*several):
+    return Pairs(*map(torch.cat, zip(*several)))
+
+
+def stacked(images):
+    """Images `[P, 2, ...]` of pairs as a batch `[2P, ...]`, first all of image 0."""
+    return images.transpose(0, 1).flatten(0, 1)
 
 
 class Bed:
     """The tiny models, and what is computed with them once. Random numbers are drawn on the CPU."""
 
-    latent_size = 8
+    latent_size, resolution = 8, RESOLUTION
 
     def __init__(self, device="cpu"):
-        def load(network_class, *folders):
-            network = network_class.from_pretrained(TINY.joinpath(*folders))
-            return network.to(device, torch.get_default_dtype()).requires_grad_(False)
-
-        self.device = device
-        self.unet = load(UNet2DConditionModel, "sd15", "unet")  # base and reference
-        self.vae = load(AutoencoderKL, "sd15", "vae")
-        self.text = {
-            "tokenizer": CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer"),
-            "text_encoder": load(CLIPTextModel, "sd15", "text_encoder"),
-        }
-        alpha_bar = DDPMScheduler.from_pretrained(TINY / "sd15" / "scheduler").alphas_cumprod
-        self.alpha_bar = alpha_bar.to(device, torch.get_default_dtype())
-        self.reward = load(CLIPModel, "pickscore")
+        self.device, dtype = device, torch.get_default_dtype()
+        pipeline = StableDiffusionPipeline.from_pretrained(TINY / "sd15").to(device, dtype)
+        self.unet, self.vae = pipeline.unet, pipeline.vae  # base and reference; decoder
+        self.text = {"tokenizer": pipeline.tokenizer, "text_encoder": pipeline.text_encoder}
+        self.alpha_bar = pipeline.scheduler.alphas_cumprod.to(device, dtype)
+        self.reward = CLIPModel.from_pretrained(TINY / "pickscore").to(device, dtype)
         self.processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
-        self.judge = Judge().requires_grad_(False)
+        self.judge = Judge()
         self.judge.load_state_dict(load_file(TINY / "judge.safetensors"))
-        self.judge.to(device)
+        for network in (self.unet, self.vae, pipeline.text_encoder, self.reward, self.judge.to(device)):
+            network.requires_grad_(False)
 
     def new_policy(self):
         """The base UNet again, to be trained."""
@@ -138,21 +124,28 @@ class Bed:
         trained_on = labels["valid"] & (labels["label_0"] != 0.5)
         table = read_pairs(split)[trained_on]
         images = [smpo.decode_image(data, []) for column in ("jpg_0", "jpg_1") for data in table[column]]
-        pictures = torch.stack([smpo.cut_square(image, 64, mirror=False) for image in images]) / 255
-        states = self.prompts([scene_of(text) for text in table["caption"]]).states
+        pictures = torch.stack([smpo.cut_square(image, RESOLUTION, mirror=False) for image in images]) / 255
         soft = torch.tensor(labels["soft_label_0"][trained_on].to_numpy(), dtype=pictures.dtype)
-        return Pairs(*self.encode(pictures), states, soft)
+        return self.as_pairs(pictures, self.prompts([SCENES[text] for text in table["caption"]]), soft)
+
+    def foreign_pairs(self):
+        """Pairs of images that the base model did not make: the stored ones, and fresh ones of two sources."""
+        return joined(self.stored_pairs(), self.rendered_pairs(2000))
 
     @torch.no_grad()
-    def foreign_pairs(self, num_rendered=2000):
-        """Pairs of images that the base model did not make: the stored ones, and fresh ones of two sources."""
-        labels, generator = stored_labels("train"), torch.Generator().manual_seed(FOREIGN_SEED)
-        rewards = 100 * labels.loc[labels["valid"], ["score_0", "score_1"]].to_numpy()
-        prompts = self.training_prompts(num_rendered, generator)
-        careful = torch.rand(2 * num_rendered, generator=generator) < 0.5
-        pictures = renders(prompts.scenes.repeat(2, 1), careful, generator)
-        rendered = self.labelled(*self.told_apart(prompts, pictures), (rewards.min(), rewards.max()))
-        return self.stored_pairs().joined(rendered)
+    def rendered_pairs(self, num_prompts):
+        """Pairs by the two painters of `make_pairs.py`, without those that are ties to the judge, as there."""
+        generator = torch.Generator().manual_seed(FOREIGN_SEED)
+        prompts = self.training_prompts(num_prompts, generator)
+        scenes = prompts.scenes.repeat(2, 1)
+        careful = torch.rand(len(scenes), generator=generator) < 0.5
+        shown = torch.where(careful[:, None], scenes, corrupt(scenes, 0.4, generator))
+        vividness = random_vividness(len(scenes), generator)
+        vividness = torch.where(careful, 0.3 + 0.7 * vividness, 0.7 * vividness)
+        pictures = render(shown, vividness, generator, self.resolution)
+        scores = torch.cat([self.judged(*some)[0] for some in in_batches(pictures, scenes)])
+        kept = (scores.view(2, -1).diff(dim=0)[0].abs() >= TIE_MARGIN).cpu()
+        return self.labelled(chosen(prompts, kept), pictures[kept.repeat(2)], stored_range())
 
     @torch.no_grad()
     def own_pairs(self, num_prompts=512, images_per_prompt=3):
@@ -160,26 +153,23 @@ class Bed:
         generator = torch.Generator().manual_seed(OWN_SEED)
         prompts = self.training_prompts(num_prompts, generator)
         pictures = self.decode(self.sample(self.unet, prompts, images_per_prompt, generator, OWN_SAMPLING_STEPS))
-        couples = [(i, j) for i in range(images_per_prompt) for j in range(i)]
-        places = torch.arange(len(pictures)).view(num_prompts, images_per_prompt)
-        places = torch.cat([places[:, [couple[k] for couple in couples]].flatten() for k in (0, 1)])
-        return self.labelled(prompts[torch.arange(num_prompts).repeat_interleave(len(couples))], pictures[places])
-
-    def told_apart(self, prompts, pictures):
-        """Those of the pairs of pictures `[2Q, ...]` that are no ties to the judge, as in `make_pairs.py`."""
-        scores = [self.judged(*some)[0] for some in in_batches(pictures, prompts.scenes.repeat(2, 1))]
-        kept = (torch.cat(scores).view(2, -1).diff(dim=0)[0].abs() >= TIE_MARGIN).cpu()
-        return prompts[kept], pictures[kept.repeat(2)]
+        couples = torch.tril_indices(images_per_prompt, images_per_prompt, -1)  # [2, couples]
+        first = torch.arange(num_prompts).repeat_interleave(couples.shape[1])
+        places = images_per_prompt * first + couples.repeat(1, num_prompts)
+        return self.labelled(chosen(prompts, first), pictures[places.flatten()])
 
     def labelled(self, prompts, pictures, score_range=None):
         """Pairs of pictures `[2Q, ...]`, one of each prompt, labelled for a range of rewards, if None their own."""
         rewards = torch.cat([self.rewards(*some) for some in in_batches(pictures, prompts.texts.repeat(2, 1))])
         score_range = score_range or (rewards.min().item(), rewards.max().item())
-        soft = relabel_pickapic.soft_label(*rewards.chunk(2), *score_range)
-        return Pairs(*self.encode(pictures), prompts.states, soft.to(prompts.states.dtype))
+        return self.as_pairs(pictures, prompts, relabel_pickapic.soft_label(*rewards.chunk(2), *score_range))
+
+    def as_pairs(self, pictures, prompts, soft):
+        mean, std = (torch.stack(images.chunk(2), 1) for images in self.encode(pictures))
+        return Pairs(mean, std, prompts.states, soft.to(mean.dtype))
 
     def encode(self, pictures):
-        """Mean and standard deviation of the VAE's posterior, scaled, of pictures `[N, 3, 64, 64]` in [0, 1]."""
+        """Mean and standard deviation of the VAE's posterior, scaled, of pictures `[N, 3, H, W]` in [0, 1]."""
         posteriors = [self.vae.encode(2 * some.to(self.device) - 1).latent_dist for some in pictures.split(BATCH)]
         scale = self.vae.config.scaling_factor
         return [scale * torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std")]
@@ -187,22 +177,20 @@ class Bed:
     def prompts(self, scenes):
         captions = [caption(scene) for scene in scenes]
         states = smpo.encode_prompts(captions, self.text)["encoder_hidden_states"]
-        return Prompts(torch.stack(list(scenes)), states, embed_texts(self.reward, self.processor.tokenizer, captions))
-
-    def training_prompts(self, n, generator):
-        """Prompts that are neither reported nor tuned on; some more than once."""
-        held_out = {*map(caption, self.report_prompts().scenes), *map(caption, self.tuning_prompts().scenes)}
-        return self.prompts([scene for scene in random_scenes(2 * n, generator) if caption(scene) not in held_out][:n])
+        texts = relabel_pickapic.embed_texts(self.reward, self.processor.tokenizer, captions)
+        return Prompts(torch.stack(list(scenes)), states, texts)
 
     def report_prompts(self):
         """The prompts of the tiny test split, none of which is trained on."""
-        return self.prompts([scene_of(text) for text in dict.fromkeys(read_pairs("test")["caption"])])
+        return self.prompts(report_scenes())
 
-    def tuning_prompts(self, n=48):
+    def tuning_prompts(self):
         """New prompts, neither trained on nor reported."""
-        generator = torch.Generator().manual_seed(TUNING_PROMPTS_SEED)
-        taken = {text for split in ("train", "test") for text in read_pairs(split)["caption"]}
-        return self.prompts([scene for scene in random_scenes(2 * n, generator) if caption(scene) not in taken][:n])
+        return self.prompts(tuning_scenes())
+
+    def training_prompts(self, n, generator):
+        """Prompts, some more than once, that are neither reported nor tuned on."""
+        return self.prompts(fresh_scenes(n, generator, {*map(caption, report_scenes() + tuning_scenes())}))
 
     # Sampling and scoring
 
@@ -238,7 +226,7 @@ class Bed:
         scale = [processor.image_mean, processor.image_std]
         mean, std = torch.tensor(scale, device=self.device).view(2, 3, 1, 1)
         features = self.reward.get_image_features(pixel_values=(self.as_scored(pictures) - mean) / std)
-        return 100 * (unit_features(features) * texts).sum(-1)
+        return 100 * (relabel_pickapic.unit_features(features) * texts).sum(-1)
 
     def judged(self, pictures, scenes):
         """The judge's scores of pictures for scenes `[N, 5]`, and which attributes it reads off so: `[N, 5]`."""
@@ -254,10 +242,9 @@ class Bed:
     def evaluate(self, unet, prompts, seed, base_pictures=None):
         """Scores of a UNet on prompts, and its pictures. The initial noise depends on the seed alone.
 
-        Returns:
-            A dict of `reward` (100 times the labelling model's cosine), `judge` (score of the judge), `accuracy`
-            (share of the attributes that the judge reads off as the prompt has them), `diversity` (RMS between the
-            pictures of a prompt), `distance` (RMS to the base's pictures from the same noise); and the pictures.
+        The scores are `reward` (100 times the labelling model's cosine), `judge`, `accuracy` (share of the attributes
+        that the judge reads off as the prompt has them), `diversity` (RMS between the pictures of a prompt) and
+        `distance` (RMS to the base's pictures from the same noise).
         """
         n, generator = IMAGES_PER_PROMPT, torch.Generator().manual_seed(seed)
         pictures = self.decode(self.sample(unet, prompts, n, generator))
@@ -291,18 +278,17 @@ class Bed:
         reached = smpo.released_timesteps(t, row.overshoot, len(self.alpha_bar))[:, -1] if row.overshoot else t
         x_t = smpo.invert(predict_noise, x_0, reached, self.alpha_bar, *options)
         if row.noise_share:
-            tau = smpo.implied_noise(x_0, x_t, alpha_bar_t)
-            tau = (1 - row.noise_share) ** 0.5 * tau + row.noise_share**0.5 * noise
+            tau = partly_random(smpo.implied_noise(x_0, x_t, alpha_bar_t), noise, row.noise_share)
             x_t = smpo.add_noise(x_0, tau, alpha_bar_t)
         return x_t, calls
 
-    def errors(self, row, unet, batch):
-        """Mean squared errors of the policy, with gradient, and of the reference for images `[2B]`; UNet calls.
+    def loss(self, row, unet, batch):
+        """Loss of a batch from `draw_batch`, and its UNet calls.
 
         A call is one image's forward pass: those of the inversion, one of the reference, and three of the policy,
         whose backward pass costs two.
         """
-        x_0, states, t, noise, _ = batch
+        x_0, states, t, noise, p_0 = batch
         cond = {"encoder_hidden_states": states}
         x_t, calls = self.noised(row, unet, x_0, states, t, noise)
         t = t.to(self.device)
@@ -310,23 +296,106 @@ class Bed:
         with torch.no_grad():
             ref_errors = smpo.squared_errors(smpo.call_unet(self.unet, x_t, t, cond), tau)
         model_errors = smpo.squared_errors(smpo.call_unet(unet, x_t, t, cond), tau)
-        return model_errors, ref_errors, calls + 4 * len(x_0)
+        loss, _ = smpo.smpo_loss(model_errors, ref_errors, p_0, row.beta, row.gamma)
+        return loss, calls + 4 * len(x_0)
 
-    def loss(self, row, unet, batch):
-        """Loss of a batch from `draw_batch`, and its UNet calls."""
-        model_errors, ref_errors, calls = self.errors(row, unet, batch)
-        return smpo.smpo_loss(model_errors, ref_errors, batch[-1], row.beta, row.gamma)[0], calls
+
+class BigBed(Bed):
+    """Scenes of 128 pixels in the tiny VAE's latents, and a UNet of 39 M parameters that learned them from nothing.
+
+    Its training stops at the time `end` with a message, is saved at `path` then, and goes on from there.
+    """
+
+    latent_size, resolution = 16, 128
+    architecture = {"block_out_channels": [192, 384], "layers_per_block": 2, "sample_size": 16}
+    num_steps, batch_size, num_latents, learning_rate = 6000, 256, 32_768, 4e-4
+    num_rendered, num_own_prompts = 4096, 700
+
+    def __init__(self, device, path, end=None):
+        super().__init__(device)
+        torch.set_float32_matmul_precision("high")
+        torch.manual_seed(BASE_SEED)
+        self.unet = UNet2DConditionModel.from_config({**self.unet.config, **self.architecture}).to(device)
+        self.train_base(path, end)
+        self.unet.requires_grad_(False)
+
+    def foreign_pairs(self):
+        """Fresh pairs of the two painters; the stored ones have another size."""
+        return self.rendered_pairs(self.num_rendered)
+
+    def own_pairs(self):
+        return super().own_pairs(self.num_own_prompts)
+
+    def train_base(self, path, end):
+        """Each step draws by its own number, so that the training can go on."""
+        optimizer, done = torch.optim.AdamW(self.unet.parameters(), weight_decay=1e-2), 0
+        if path.exists():
+            saved = torch.load(path, map_location=self.device)
+            self.unet.load_state_dict(saved["unet"])
+            optimizer.load_state_dict(saved["optimizer"])
+            done = saved["step"]
+        if done < self.num_steps:
+            mean, std, scenes = self.rendered_latents()
+        for step in range(done, self.num_steps):
+            generator = torch.Generator().manual_seed(BASE_SEED + step)
+            rows = torch.randint(len(mean), (self.batch_size,), generator=generator)
+            t = torch.randint(len(self.alpha_bar), (len(rows),), generator=generator).to(self.device)
+            draws = torch.randn(2, len(rows), *mean.shape[1:], generator=generator).to(self.device)
+            captions = [caption(scene) for scene in corrupt(scenes[rows], WRONG_CAPTIONS, generator)]
+            x_t = smpo.add_noise(mean[rows] + std[rows] * draws[0], draws[1], self.alpha_bar[t])
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+                eps = smpo.call_unet(self.unet, x_t, t, smpo.encode_prompts(captions, self.text))
+            F.mse_loss(eps.float(), draws[1]).backward()
+            torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / self.num_steps)
+            optimizer.param_groups[0]["lr"] = self.learning_rate * min(1, (step + 1) / 200) * decay
+            optimizer.step()
+            optimizer.zero_grad()
+            done, late = step + 1, end is not None and time.monotonic() > end
+            if late or done == self.num_steps:
+                parts = {"unet": self.unet.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save({"step": done, **parts}, path)
+            if late and done < self.num_steps:
+                raise SystemExit(f"base model: step {done} of {self.num_steps}; the same command goes on.")
+
+    @torch.no_grad()
+    def rendered_latents(self):
+        """Posteriors of pictures that the base learns from: mean and standard deviation; and their scenes."""
+        generator = torch.Generator().manual_seed(BASE_SEED)
+        scenes = random_scenes(self.num_latents, generator)
+        batches = []
+        for some in scenes.split(BATCH):
+            pictures = render(some, random_vividness(len(some), generator), generator, self.resolution)
+            batches.append(self.encode(pictures))
+        return *map(torch.cat, zip(*batches)), scenes
 
 
 def in_batches(*tensors):
     return zip(*(tensor.split(BATCH) for tensor in tensors))
 
 
-def renders(scenes, careful, generator, resolution=RESOLUTION):
-    """Pictures of scenes `[N, 5]` by the two painters of `make_pairs.py`; `careful` `[N]` says whose each is."""
-    shown = torch.where(careful[:, None], scenes, corrupt(scenes, 0.4, generator))
-    vividness = random_vividness(len(scenes), generator)
-    return render(shown, torch.where(careful, 0.3 + 0.7 * vividness, 0.7 * vividness), generator, resolution)
+def partly_random(tau, noise, share):
+    """`tau` with a share of its variance from `noise` instead."""
+    return (1 - share) ** 0.5 * tau + share**0.5 * noise
+
+
+def fresh_scenes(n, generator, taken):
+    """Scenes that no caption in `taken` describes."""
+    return [scene for scene in random_scenes(2 * n, generator) if caption(scene) not in taken][:n]
+
+
+def report_scenes():
+    return [SCENES[text] for text in dict.fromkeys(read_pairs("test")["caption"])]
+
+
+def tuning_scenes():
+    taken = {text for split in ("train", "test") for text in read_pairs(split)["caption"]}
+    return fresh_scenes(48, torch.Generator().manual_seed(TUNING_PROMPTS_SEED), taken)
+
+
+@functools.cache
+def read_pairs(split):
+    return pd.read_parquet(TINY / "pairs" / f"{split}.parquet")
 
 
 @functools.cache
@@ -339,125 +408,33 @@ def stored_labels(split):
         return pd.read_parquet(path)
 
 
+def stored_range():
+    """Least and largest reward of the stored images that are trained on."""
+    labels = stored_labels("train")
+    rewards = 100 * labels.loc[labels["valid"], ["score_0", "score_1"]].to_numpy()
+    return rewards.min(), rewards.max()
+
+
 def mean_distance(pictures, others):
     """RMS between pictures, averaged over them."""
     return (pictures - others).pow(2).mean((1, 2, 3)).sqrt().mean().item()
 
 
-class BigBed(Bed):
-    """Scenes of 128 pixels in the tiny VAE's latents, and a UNet of 39 M parameters that learned them from nothing.
+def draw_batch(pairs, labels, seed, step, num_train_timesteps=1000):
+    """Pairs for `Bed.loss`: x_0, embedded prompts, timesteps and noise of 2B images, p_0 of B pairs.
 
-    Its training is saved at `path` now and then, and goes on from there; at the time `end` it stops with a message.
-    """
-
-    latent_size, resolution = 16, 128
-    architecture = {"block_out_channels": [192, 384], "layers_per_block": 2, "sample_size": 16}
-    num_steps, batch_size, num_latents, learning_rate, saved_every = 6000, 256, 32_768, 4e-4, 500
-    early = 0.3  # share of the training after which the UNet is kept as another source of pictures
-    num_foreign, num_own_prompts = 4096, 1400
-
-    def __init__(self, device, path, end=None):
-        super().__init__(device)
-        torch.set_float32_matmul_precision("high")
-        self.unet, self.early_unet = (self.new_unet() for _ in range(2))
-        self.train_base(path, end)
-
-    def new_unet(self):
-        torch.manual_seed(BASE_SEED)
-        config = {**self.unet.config, **self.architecture}
-        return UNet2DConditionModel.from_config(config).to(self.device).requires_grad_(False)
-
-    def train_base(self, path, end):
-        """Leaves the weights in `unet` and `early_unet`. Each step draws by its own number, so that it can go on."""
-        unet = self.unet.requires_grad_(True)
-        optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=1e-2)
-        parts, step = {"unet": unet, "early_unet": self.early_unet, "optimizer": optimizer}, 0
-        if path.exists():
-            saved = torch.load(path, map_location=self.device)
-            step = saved.pop("step")
-            for name, state in saved.items():
-                parts[name].load_state_dict(state)
-        mean, std, scenes = self.rendered_latents() if step < self.num_steps else (None, None, None)
-        while step < self.num_steps:
-            generator = torch.Generator().manual_seed(BASE_SEED + step)
-            rows = torch.randint(len(mean), (self.batch_size,), generator=generator)
-            t = torch.randint(len(self.alpha_bar), (len(rows),), generator=generator).to(self.device)
-            draws = torch.randn(2, len(rows), *mean.shape[1:], generator=generator).to(self.device)
-            captions = [caption(scene) for scene in corrupt(scenes[rows], WRONG_CAPTIONS, generator)]
-            x_t = smpo.add_noise(mean[rows] + std[rows] * draws[0], draws[1], self.alpha_bar[t])
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16):
-                eps = smpo.call_unet(unet, x_t, t, smpo.encode_prompts(captions, self.text))
-            F.mse_loss(eps.float(), draws[1]).backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            decay = 0.5 + 0.5 * math.cos(math.pi * step / self.num_steps)
-            optimizer.param_groups[0]["lr"] = self.learning_rate * min(1, (step + 1) / 200) * decay
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if step == int(self.early * self.num_steps):
-                self.early_unet.load_state_dict(unet.state_dict())
-            late = end is not None and time.monotonic() > end
-            if late or step % self.saved_every == 0 or step == self.num_steps:
-                torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, path)
-            if late:
-                raise SystemExit(f"base model: step {step} of {self.num_steps}; the same command goes on.")
-        unet.requires_grad_(False)
-
-    @torch.no_grad()
-    def rendered_latents(self):
-        """Posteriors of pictures that the base learns from: mean and standard deviation; and their scenes."""
-        generator, found = torch.Generator().manual_seed(BASE_SEED), []
-        for _ in range(0, self.num_latents, BATCH):
-            scenes = random_scenes(BATCH, generator)
-            pictures = render(scenes, random_vividness(BATCH, generator), generator, self.resolution)
-            found.append((*self.encode(pictures), scenes))
-        return [torch.cat(parts) for parts in zip(*found)]
-
-    @torch.no_grad()
-    def foreign_pairs(self):
-        """Fresh pairs of three sources: careful and careless renders, and the base model early in its training."""
-        n, generator = 2 * self.num_foreign, torch.Generator().manual_seed(FOREIGN_SEED)
-        prompts = self.training_prompts(n, generator)
-        source = torch.randint(3, (2 * n,), generator=generator)
-        pictures = renders(prompts.scenes.repeat(2, 1), source == 0, generator, self.resolution)
-        early = (source == 2).nonzero()[:, 0]
-        drawn = self.sample(self.early_unet, prompts[early % n], 1, generator, OWN_SAMPLING_STEPS)
-        pictures[early] = self.decode(drawn).cpu()
-        prompts, pictures = self.told_apart(prompts, pictures)
-        first = torch.arange(self.num_foreign)
-        return self.labelled(prompts[first], pictures[torch.cat([first, first + len(prompts.scenes)])])
-
-    def own_pairs(self):
-        return super().own_pairs(self.num_own_prompts)
-
-
-def draw_batch(pairs, labels, chosen, seed, step, num_train_timesteps=1000):
-    """Pairs `chosen` for `Bed.loss`: x_0, embedded prompts, timesteps and noise of 2B images, labels of B pairs.
-
-    Draws from the posterior, timesteps and noise depend on (seed, step) alone.
+    "soft" `labels` are the labelling model's p_0, "hard" ones its winner. Draws from the posterior, timesteps and noise
+    depend on (seed, step) alone.
     """
     generator = torch.Generator().manual_seed(1_000_000 * seed + step)
-    images = torch.cat([chosen, chosen + len(pairs)])
-    mean, std = pairs.mean[images], pairs.std[images]
+    mean, std = stacked(pairs.mean), stacked(pairs.std)
     x_0 = mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
-    t = torch.randint(num_train_timesteps, (len(chosen),), generator=generator).repeat(2)
-    noise = torch.randn(len(chosen), *mean.shape[1:], generator=generator).repeat(2, 1, 1, 1)
-    return x_0, pairs.states[chosen].repeat(2, 1, 1), t, noise.to(mean.device), labels[chosen]
+    t = torch.randint(num_train_timesteps, (len(pairs.soft),), generator=generator).repeat(2)
+    noise = torch.randn(len(pairs.soft), *mean.shape[1:], generator=generator).repeat(2, 1, 1, 1).to(mean.device)
+    p_0 = {"soft": pairs.soft, "hard": (pairs.soft > 0.5).to(pairs.soft.dtype)}[labels]
+    return x_0, pairs.states.repeat(2, 1, 1), t, noise, p_0
 
 
 def order_of(num_pairs, num_drawn, seed):
     """Which pairs are trained on, in order and none twice, int64 `[num_drawn]`."""
     return torch.from_numpy(np.random.default_rng([seed, 1]).permutation(num_pairs)[:num_drawn])
-
-
-def read_pairs(split):
-    return pd.read_parquet(TINY / "pairs" / f"{split}.parquet")
-
-
-def scene_of(text):
-    """The scene `[5]` that `world.caption` describes so."""
-    words = text.removeprefix("a ").removesuffix(" background")
-    size, color, shape, rest = words.split(" ", 3)
-    position, background = rest.split(" on a ")
-    names = [size, color, shape, position, background]
-    return torch.tensor([list(known).index(name) for known, name in zip(ATTRIBUTES, names)])

@@ -1,11 +1,11 @@
 # Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
-"""Tables of what `run_ablation.py` found, from its CSVs alone.
+"""Tables of what `run_ablation.py` and `rounds.py` found, from their CSVs alone, and what the rule for the default says.
 
     python tests/ablation/make_tables.py
 
-writes the tables into `README.md`, each between its markers. An interval is 95 % of Student's
-t over seeds, of three and more. A gain is over the base model at the same seed, that is with the same prompts and
-initial noise, and a difference between two rows is taken seed by seed too.
+writes the tables into `README.md`, each between its markers. An interval is 95 % of Student's t over seeds, of three
+and more. A gain is over the base model at the same seed, that is with the same prompts and initial noise, and a
+difference between two rows is taken seed by seed too.
 """
 
 import argparse
@@ -16,44 +16,50 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 
 RESULTS, RESULTS_GPU = (Path(__file__).parent / name for name in ("results", "results_gpu"))
 README = Path(__file__).parent / "README.md"
-NAMES = {
+NOISINGS = {
     "last": "ReNoise, last of 9 moves",
     "ddim": "DDIM, 9 moves",
     "every": "ReNoise, every one of 5 moves",
     "released": "released code, 5 levels",
-    "mixed": "half random, half last of 9",
-    "every_mixed": "half random, half every one of 5",
-    "quarter": "a quarter random, the rest last of 9",
     "overshoot": "DDIM to where the released code ends",
+    "overshoot_mixed": "half random, half DDIM to there",
+    "quarter": "a quarter random, the rest last of 9",
+    "mixed": "half random, half last of 9",
+    "three_quarters": "three quarters random, the rest last of 9",
     "forward": "forward (Diffusion-DPO)",
 }
-DEFAULT, CHEAPEST, COMMON_RATE = "last_soft", "forward_soft", 5e-5
-
-
-# Statistics
-
-
-def two_sided_p(t, df):
-    """P(|T| > |t|) of Student's t. With T = sqrt(df) tan(a) the density of a is proportional to cos(a) ** (df - 1)."""
-
-    def area(end, n=20_000):  # by the midpoint rule
-        return end / n * (np.cos((np.arange(n) + 0.5) * end / n) ** (df - 1)).sum()
-
-    return max(0.0, 1 - area(math.atan(abs(t) / math.sqrt(df))) / area(math.pi / 2))
+TITLES = {f"{name}_{labels}": f"{text}, {labels}" for labels in ("soft", "hard") for name, text in NOISINGS.items()}
+TITLES |= {
+    "offline": "offline, the base's own pairs",
+    "rounds": "rounds, reference from the last one",
+    "rounds_to_base": "rounds, reference the base",
+    "mix": "rounds, a quarter new pairs, the rest foreign",
+    "foreign": "offline, foreign pairs",
+}
+DEFAULT, RELEASED, CHEAPEST, COMMON_RATE = "last_soft", "released_soft", "forward_soft", 5e-5
+NUM_SEEDS, LEVEL = 10, 0.05  # of the rule for the default
 
 
 @functools.cache
+def student(df, n=200_000):
+    """Angles a, and P(|T| <= sqrt(df) tan(a)) of Student's t: the density of a is proportional to cos(a) ** (df - 1)."""
+    angles = (np.arange(n) + 1) * np.pi / 2 / n
+    area = np.cumsum(np.cos(angles - np.pi / 4 / n) ** (df - 1))  # by the midpoint rule
+    return angles, area / area[-1]
+
+
+def two_sided_p(t, df):
+    return 1 - np.interp(math.atan(abs(t) / math.sqrt(df)), *student(df), left=0)
+
+
 def t_quantile(df, confidence=0.95):
-    """The t that |T| exceeds with probability 1 - confidence, by bisection."""
-    low, high = 0.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided_p(middle, df) > 1 - confidence else (low, middle)
-    return high
+    """The t that |T| exceeds with probability 1 - confidence."""
+    return math.sqrt(df) * math.tan(np.interp(confidence, *student(df)[::-1]))
 
 
 def mean_interval(values):
@@ -72,12 +78,18 @@ def paired(a, b):
 
 def holm(p_values):
     """p-values adjusted for their number (Holm 1979), in their order."""
-    p_values = pd.Series(p_values)
     ordered = p_values.sort_values() * np.arange(len(p_values), 0, -1)
     return ordered.cummax().clip(upper=1).sort_index()
 
 
-# Reading
+def between_sets(values):
+    """Mean and half of its 95 % interval of values `[K]`, each the mean over what one of K sets has with the others.
+
+    By the jackknife: without set k the mean would be (K mean - 2 value_k) / (K - 2).
+    """
+    k, mean = len(values), values.mean()
+    variance = (k - 1) / k * (2 / (k - 2)) ** 2 * ((values - mean) ** 2).sum()
+    return mean, t_quantile(k - 1) * variance**0.5
 
 
 def read_runs(path):
@@ -85,30 +97,80 @@ def read_runs(path):
     runs = pd.read_csv(path).drop_duplicates()  # two processes may have met
     base = runs[runs["part"] == "base"].set_index(["prompts", "seed"])[["reward", "judge"]].add_suffix("_of_base")
     runs = runs[runs["part"] != "base"].join(base, on=["prompts", "seed"])
-    order = [f"{name}_{labels}" for labels in ("soft", "hard") for name in NAMES]
-    runs = runs.sort_values("name", key=lambda names: names.map(order.index), kind="stable")
+    runs = runs.sort_values("name", key=lambda names: names.map(list(TITLES).index), kind="stable")
     runs["gain"], runs["judge_gain"] = (runs[name] - runs[f"{name}_of_base"] for name in ("reward", "judge"))
     return runs
 
 
-def chosen_by_tuning(reported, tuning):
-    """The reports of each row at the rate and step with the best mean gain at tuning."""
+def best_by_tuning(tuning):
+    """The learning rate and step with the best mean gain of each row."""
     setting = ["name", "learning_rate", "step"]
     means = tuning.groupby(setting)["gain"].mean().reset_index()
-    return reported.merge(means.loc[means.groupby("name")["gain"].idxmax(), setting], on=setting)
+    return means.loc[means.groupby("name")["gain"].idxmax(), setting]
 
 
-# Writing
+def differences(groups, others):
+    """Paired differences in reward and judge between runs `{name: runs}` and others, with p-values.
+
+    Of three common seeds and more; `holm` and `judge_holm` are adjusted for the number of differences.
+    """
+    columns = ["seeds", "reward", "half", "p", "judge", "judge_half", "judge_p"]
+    found, others = {}, others.set_index("seed")
+    for name, runs in groups.items():
+        runs = runs.set_index("seed")
+        if (seeds := len(runs.index.intersection(others.index))) > 2:
+            found[name] = [seeds, *(x for gain in ("gain", "judge_gain") for x in paired(runs[gain], others[gain]))]
+    found = pd.DataFrame.from_dict(found, orient="index", columns=columns)
+    return found.assign(holm=holm(found["p"]), judge_holm=holm(found["judge_p"]))
+
+
+def over(runs, name, step, steps):
+    """What every row has gained after `steps` steps over what `name` has after `step`."""
+    groups = {row: some for row, some in runs[runs["step"] == steps].groupby("name", sort=False) if row != name}
+    return differences(groups, runs[(runs["name"] == name) & (runs["step"] == step)])
+
+
+def rule(runs):
+    """What the rule for the default (README.md) says of every row that may become it, and which one does, as Markdown.
+
+    Of two qualities, reward and judge, both count: a row beats the default if it is ahead in both, and is worse if it
+    is behind in one.
+    """
+    calm = runs[(runs["part"] == "calm") & (runs["learning_rate"] == COMMON_RATE)]
+    step = calm["step"].max()
+    foreign, own = (calm[calm["pairs"] == pairs] for pairs in ("foreign", "own"))
+    ahead, on_own = (over(some, DEFAULT, step, step) for some in (foreign, own))
+    candidates = ahead.loc[[name for name in ahead.index if name.endswith("_soft") and name != CHEAPEST]]
+    whole = candidates["seeds"] >= NUM_SEEDS
+    beats = whole & both_ahead(candidates, "holm", "judge_holm")
+    worse = ((on_own["reward"] < 0) & (on_own["p"] < LEVEL)) | ((on_own["judge"] < 0) & (on_own["judge_p"] < LEVEL))
+    lines = []
+    for name in candidates.index:
+        found = f"{'beats' if beats[name] else 'does not beat'} it on foreign pairs"
+        if beats[name] and name in worse:
+            found += f", is {'worse' if worse[name] else 'not worse'} on own ones ({on_own['seeds'][name]} seeds)"
+        elif beats[name]:
+            found += ", has not been run on own ones"
+        lines.append(f"- {TITLES[name]}: {found if whole[name] else 'too few seeds'}")
+    rows = candidates.index[beats]
+    if not whole.any() or not rows.isin(worse.index).all():
+        return "\n".join([*lines, "", f"**Not decided**: it takes {NUM_SEEDS} seeds, and own pairs of what beats it."])
+    rows = [name for name in rows if not worse[name]]
+    decided = DEFAULT if not rows else RELEASED if RELEASED in rows else candidates.loc[rows, "reward"].idxmax()
+    better = over(foreign[foreign["name"].isin(rows)], decided, step, step)
+    better = better[both_ahead(better, "p", "judge_p")]
+    decided = better["reward"].idxmax() if len(better) else decided
+    return "\n".join([*lines, "", f"**The default by the rule: {TITLES[decided]}.**"])
+
+
+def both_ahead(found, p, judge_p):
+    """Which of some `differences` are above zero, reward and judge, by these columns of p-values."""
+    return (found[["reward", "judge"]].min(axis=1) > 0) & (found[[p, judge_p]].max(axis=1) < LEVEL)
 
 
 def table(header, rows):
     lines = [f"| {' | '.join(map(str, line))} |" for line in [header, *rows]]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
-
-
-def title(name):
-    noising, _, labels = name.rpartition("_")
-    return f"{NAMES[noising]}, {labels}"
 
 
 def titled(tables):
@@ -121,6 +183,59 @@ def with_interval(values, digits=2, sign=""):
     return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 2 else "")
 
 
+def results_table(runs):
+    """Scores of every row and step over the seeds."""
+    lines = []
+    for (name, step), group in runs.groupby(["name", "step"], sort=False):
+        rate = f"{group['learning_rate'].iloc[0]:g}"
+        cells = [with_interval(group[score], sign="+") for score in ("gain", "judge_gain")]
+        cells += [with_interval(group[score], 3) for score in ("accuracy", "distance", "diversity")]
+        lines.append([TITLES[name], rate, step, f"{group['unet_calls'].mean():.0f}", *cells, len(group)])
+    header = ["row", "learning rate", "steps", "UNet calls", "reward gain", "judge gain", "accuracy"]
+    return table([*header, "distance to base", "diversity", "seeds"], lines)
+
+
+def comparison_table(found, words):
+    """What `differences` found, `words` saying what it is of; None if that is nothing."""
+    lines = [
+        [words.format(TITLES[r.Index]), f"{r.reward:+.2f} ± {r.half:.2f}", f"{r.p:.3f}", f"{r.holm:.3f}",
+         f"{r.judge:+.2f} ± {r.judge_half:.2f}", f"{r.judge_p:.3f}", f"{r.judge_holm:.3f}"]
+        for r in found.itertuples()
+    ]  # fmt: skip
+    return table(["difference", "reward", "p", "p, Holm", "judge", "p", "p, Holm"], lines) if lines else None
+
+
+def calm_tables(runs):
+    """For each source of pairs: every row at one rate, what it gains over two of them, and tuned rows."""
+    tables = {}
+    for pairs, of_pairs in runs.groupby("pairs"):
+        reported = of_pairs[of_pairs["part"] == "calm"]
+        same = reported[reported["learning_rate"] == COMMON_RATE]
+        first, last = same["step"].min(), same["step"].max()
+        tuned = reported.merge(best_by_tuning(of_pairs[of_pairs["part"] == "tune"]))
+        cheapest = f"{{}}, {first} steps, over {TITLES[CHEAPEST]}, {last} steps"
+        tables |= {
+            f"{pairs} pairs": results_table(same),
+            f"{pairs} pairs, equal steps": comparison_table(over(same, DEFAULT, last, last), "{}, over the default"),
+            f"{pairs} pairs, about equal UNet calls": comparison_table(over(same, CHEAPEST, last, first), cheapest),
+            f"{pairs} pairs, rate and step by the tuning prompts": results_table(tuned) if len(tuned) else None,
+        }
+    return titled(tables)
+
+
+def rounds_tables(runs):
+    """For each noising: every way to draw and to refer, and what it gains over one offline run."""
+    tables = {}
+    for noising, some in runs.groupby("noising"):
+        last = some["step"].max()
+        found = over(some, "offline", last, last)
+        tables |= {
+            f"{noising} noising": results_table(some),
+            f"{noising} noising, after the last round": comparison_table(found, f"{{}}, over {TITLES['offline']}"),
+        }
+    return titled(tables)
+
+
 def inversion_table(rows):
     """std(tau) / distance of tau to the fine inversion / round trip / residual, means over seeds, and UNet calls."""
     numbers = ["std_tau", "distance", "round_trip", "residual"]
@@ -131,100 +246,46 @@ def inversion_table(rows):
     return table(["variant", f"UNet calls at t = {means.columns[-1]}", *(f"t = {t}" for t in means)], lines)
 
 
-def results_table(runs):
-    """Scores of every row and step over the seeds."""
-    lines = []
-    for (name, step), group in runs.groupby(["name", "step"], sort=False):
-        rate = f"{group['learning_rate'].iloc[0]:g}"
-        cells = [with_interval(group[score], sign="+") for score in ("gain", "judge_gain")]
-        cells += [with_interval(group[score], 3) for score in ("accuracy", "distance", "diversity")]
-        lines.append([title(name), rate, step, f"{group['unet_calls'].mean():.0f}", *cells, len(group)])
-    header = ["row", "learning rate", "steps", "UNet calls", "reward gain", "judge gain", "accuracy"]
-    return table([*header, "distance to base", "diversity", "seeds"], lines)
-
-
-def comparison_table(pairs_of_runs):
-    """Paired differences of reward and judge gain with their p-values, as they are and adjusted for their number.
-
-    Of three seeds and more; None if nothing has as many.
-
-    Args:
-        pairs_of_runs: `{text: (runs, other runs)}`, each with a row a seed.
-    """
-    found = []
-    for text, groups in pairs_of_runs.items():
-        a, b = (group.set_index("seed") for group in groups)
-        if len(a.index.intersection(b.index)) > 2:
-            found.append((text, *paired(a["gain"], b["gain"]), *paired(a["judge_gain"], b["judge_gain"])))
-    if not found:
-        return None
-    found = pd.DataFrame(found, columns=["text", "reward", "half", "p", "judge", "judge_half", "judge_p"])
-    found["holm"], found["judge_holm"] = holm(found["p"]), holm(found["judge_p"])
-    lines = [
-        [r.text, f"{r.reward:+.2f} ± {r.half:.2f}", f"{r.p:.3f}", f"{r.holm:.3f}",
-         f"{r.judge:+.2f} ± {r.judge_half:.2f}", f"{r.judge_p:.3f}", f"{r.judge_holm:.3f}"]
-        for r in found.itertuples()
-    ]  # fmt: skip
-    return table(["difference", "reward", "p", "p, Holm", "judge", "p", "p, Holm"], lines)
-
-
-def over(name, step, runs, steps):
-    """What every row gains over `name` after `step` steps, itself after `steps`."""
-    rows, label = (
-        dict(list(runs.groupby(["name", "step"], sort=False))),
-        "the default" if name == DEFAULT else title(name),
-    )
-    words = ("", "") if steps == step else (f", {steps} steps", f", {step} steps")
-    others = {f"{title(row)}{words[0]}, over {label}{words[1]}": (rows[row, steps], rows.get((name, step), runs[:0]))
-              for row, at in rows if at == steps and row != name}  # fmt: skip
-    return comparison_table(others)
-
-
-def calm_tables(runs):
-    """For each source of pairs: every row at one rate, what it gains over two of them, and tuned rows."""
-    tables = {}
-    for pairs, of_pairs in runs.groupby("pairs"):
-        reported = of_pairs[of_pairs["part"] == "calm"]
-        same = reported[reported["learning_rate"] == COMMON_RATE]
-        first, last = same["step"].min(), same["step"].max()
-        tuned = chosen_by_tuning(reported, of_pairs[of_pairs["part"] == "tune"])
-        tables |= {
-            f"{pairs} pairs": results_table(same),
-            f"{pairs} pairs, equal steps": over(DEFAULT, last, same, last),
-            f"{pairs} pairs, about equal UNet calls": over(CHEAPEST, last, same, first),
-            f"{pairs} pairs, rate and step by the tuning prompts": results_table(tuned) if len(tuned) else None,
-        }
-    return titled(tables)
-
-
-def grid_tables(runs):
-    """For each source of pairs: every row of the grid as it was tuned, and what it gains over the default."""
-    tables = {}
-    for pairs, some in runs.groupby("pairs"):
-        step = some["step"].max()
-        name = f"{pairs} pairs, grid"
-        tables |= {name: results_table(some), f"{name}, equal steps": over(DEFAULT, step, some, step)}
-    return titled(tables)
-
-
 def gradients_table(rows):
-    """Size, agreement and cosine with forward noise's gradient, of every noising by quarter of t."""
-    rows = rows.set_index(["noising", "quarter"])
-    cells = rows.apply(lambda row: f"{1000 * row['size']:.2f} / {row['agreement']:.2f} / {row['forward']:.2f}", axis=1)
-    lines = [[NAMES[name], *cells[name].sort_index()] for name in NAMES if name in cells]
-    return table(["gradient of", *(f"quarter {quarter + 1} of t" for quarter in range(4))], lines)
+    """Size / agreement / agreement with forward noise / std(tau) / residual of every noising by quarter of t."""
+
+    def cell(some):
+        cosines = ("{:.2f} ± {:.2f}".format(*between_sets(some[name])) for name in ("agreement", "forward"))
+        size, std_tau, residual = some[["size", "std_tau", "residual"]].mean()
+        return " / ".join([f"{1000 * size:.2f}", *cosines, f"{std_tau:.2f}", f"{residual:.2f}"])
+
+    cells = {key: cell(some) for key, some in rows.groupby(["noising", "quarter"])}
+    lines = [[text, *(cells[name, q] for q in range(4))] for name, text in NOISINGS.items() if (name, 0) in cells]
+    picture = "![Agreement of the gradients of different pairs by quarter of t, a line a noising](gradients.png)"
+    return picture + "\n\n" + table(["gradient of", *(f"quarter {q + 1} of t" for q in range(4))], lines)
+
+
+def gradients_picture(rows, path):
+    """The two cosines of `gradients_table`, a line a noising."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    titles = {"agreement": "agreement with itself on other pairs", "forward": "agreement with forward noise's"}
+    for axes, (column, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
+        means = rows.groupby(["noising", "quarter"])[column].mean()
+        for i, (name, text) in enumerate(NOISINGS.items()):
+            if name in means:
+                axes.plot(range(1, 5), means[name], "os^vD"[i % 5] + "-", label=text, color=f"C{i}", markersize=4)
+        axes.set_title(title, fontsize="medium")
+        axes.set(xlabel="quarter of t", xticks=range(1, 5))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    figure.savefig(path, dpi=90)
 
 
 def make_tables(results):
-    """The tables of what there is, by the names in their markers."""
+    """What there is to say, by the names in the markers."""
     makers = {
-        "runs": lambda path: calm_tables(read_runs(path)),
-        "grid": lambda path: grid_tables(read_runs(path)),
-        "inversion": lambda path: inversion_table(pd.read_csv(path)),
-        "gradients": lambda path: gradients_table(pd.read_csv(path)),
+        "runs": (calm_tables, read_runs, "runs"),
+        "rule": (rule, read_runs, "runs"),
+        "rounds": (rounds_tables, read_runs, "rounds"),
+        "inversion": (inversion_table, pd.read_csv, "inversion"),
+        "gradients": (gradients_table, pd.read_csv, "gradients"),
     }
-    paths = {name: results / f"{name}.csv" for name in makers}
-    return {name: makers[name](path) for name, path in paths.items() if path.exists()}
+    paths = {name: results / f"{file}.csv" for name, (_, _, file) in makers.items()}
+    return {name: makers[name][0](makers[name][1](path)) for name, path in paths.items() if path.exists()}
 
 
 def with_tables(text, tables):
@@ -244,6 +305,9 @@ def parse_args(input_args=None):
 
 def main(args):
     tables = make_tables(args.results)
+    print(tables.get("rule", "No runs yet."))
+    if (path := args.results / "gradients.csv").exists():
+        gradients_picture(pd.read_csv(path), args.readme.parent / "gradients.png")
     if args.results == RESULTS and RESULTS_GPU.exists():
         tables |= {f"{name} gpu": text for name, text in make_tables(RESULTS_GPU).items()}
     args.readme.write_text(with_tables(args.readme.read_text(), tables))
