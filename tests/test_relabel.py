@@ -1,23 +1,25 @@
 """relabel_pickapic.py on the tiny pairs and on damaged ones."""
 
+import hashlib
 import io
 import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_labels, names_in, relabel, split_pairs
+from conftest import ROOT, TINY, assert_same_labels, names_in, relabel, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 import relabel_pickapic
 from relabel_pickapic import (
@@ -30,9 +32,8 @@ from relabel_pickapic import (
     cut_pieces,
     decode_image,
     first_places,
+    make_labels,
     parse_args,
-    public_name,
-    without_secrets,
 )
 
 
@@ -44,17 +45,17 @@ def with_column(table, name, values):
     return table.set_column(table.column_names.index(name), name, values)
 
 
-def scores_of(path, name=""):
+def scores_of(path):
     """Raw scores `[2, P]` of a labels file, in float64."""
     labels = pq.read_table(path)
-    return np.stack([labels[f"score_{side}{name}"].to_numpy().astype(np.float64) for side in (0, 1)])
+    return np.stack([labels[f"score_{side}"].to_numpy().astype(np.float64) for side in (0, 1)])
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """Flags of a run on the 64 test pairs, which are three files, and the labels of one."""
+    """Flags of a run on 64 pairs of few images, which are three files, and the labels of one."""
     folder = tmp_path_factory.mktemp("few")
-    table = pq.read_table(TINY / "pairs" / "test.parquet")
+    table = pq.read_table(TINY / "pairs" / "train.parquet").sort_by("caption").slice(0, 64)
     (folder / "pairs").mkdir()
     for i in range(3):
         pq.write_table(table.slice(24 * i, 24), folder / "pairs" / f"{i}.parquet", row_group_size=16)
@@ -73,12 +74,11 @@ def test_labels_of_the_tiny_pairs(labels_path):
         assert labels[key].to_pylist() == pairs[key].to_pylist()
 
     metadata, scores = metadata_of(labels_path), scores_of(labels_path)
-    (reward,) = metadata["rewards"]
-    assert reward["score_min"] == np.nanmin(scores) and reward["score_max"] == np.nanmax(scores)
-    assert reward["name"] == "pickscore" and reward["weight"] == 1
+    assert metadata["score_min"] == np.nanmin(scores) and metadata["score_max"] == np.nanmax(scores)
     assert metadata["num_rows"] == len(pairs) and metadata["num_invalid"] == 5
-    assert reward["range_from"] == "the scores" and metadata["dataset_split_name"] == "train"
-    assert metadata["dataset_name"] == "pairs" and str(TINY) not in json.dumps(metadata)  # no paths of this machine
+    assert metadata["range_from"] == "the scores" and metadata["dataset_split_name"] == "train"
+    assert metadata["dataset_name"] == "pairs" and metadata["reward_model"] == "pickscore"
+    assert str(TINY) not in json.dumps(metadata)  # no paths of this machine
 
     normalised = (scores - np.nanmin(scores)) / (np.nanmax(scores) - np.nanmin(scores))
     soft = np.exp(normalised[0]) / np.exp(normalised).sum(axis=0)
@@ -93,7 +93,6 @@ def test_labels_of_the_tiny_pairs(labels_path):
     assert column.has_offset_index and column.has_column_index and column.compression == "ZSTD"
     assert pa.types.is_float32(labels.schema.field("soft_label_0").type)
     assert not labels_path.with_suffix(".scores").exists()
-    assert Image.open(labels_path.with_suffix(".png")).size == (1200, 420)
 
 
 def test_scores_are_the_models_cosines(labels_path):
@@ -128,13 +127,13 @@ def test_workers_read_and_preprocess_as_the_processor_does(tmp_path):
     args = parse_args(["--dataset_name", str(tmp_path), "--output_path", "labels.parquet", "--dtype", "float32"])
     shards, scored = Shards([str(tmp_path / "pairs.parquet")]), np.arange(10) % 2 == 0
     captions = np.array([f"caption {place}" for place in range(10)], dtype=object)
-    dataset = PieceImages(shards, cut_pieces(shards.row_groups), scored, captions, 2, {"clip": processor}, args)
+    dataset = PieceImages(shards, cut_pieces(shards.row_groups), scored, captions, 2, processor, args)
     items = list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2))
     assert f"{os.getpid()}.reader" not in names_in(tmp_path) and len(list(tmp_path.glob("*.reader"))) == 2
     seen = sorted((item["piece"].start, item["captions"], len(item["hashes"])) for item in items)
     assert seen == [(0, ["caption 0", "caption 2"], 4), (0, ["caption 4"], 2), (3, ["caption 6", "caption 8"], 4)]
     for item in items:
-        for caption, pixels in zip(item["captions"], item["pixels"]["clip"], strict=True):
+        for caption, pixels in zip(item["captions"], item["pixels"], strict=True):
             image = images[int(caption.split()[1]) // 2]
             assert torch.equal(pixels, processor(images=image, return_tensors="pt")["pixel_values"][0])
     assert len(set(torch.cat([item["hashes"] for item in items]).tolist())) == 10  # bytes, not pixels
@@ -171,16 +170,13 @@ def embedded(monkeypatch):
     return counts
 
 
-def test_each_image_is_scored_once(labels_path, embedded, tmp_path):
+def test_each_image_is_scored_once(few, embedded, tmp_path):
     """And each caption once a batch, of whatever size."""
-    shards = split_pairs(tmp_path / "shards", 20)
-    relabel(dataset_name=shards / "*.parquet", output_path=tmp_path / "labels.parquet", batch_size=24)
-    pairs = pq.read_table(TINY / "pairs" / "train.parquet").to_pandas()
-    images = {(uid, row.caption) for row in pairs.itertuples() for uid in (row.image_0_uid, row.image_1_uid)}
-    num_damaged = len({row.image_0_uid for row in pairs.itertuples() if not decodes(row.jpg_0)})
-    assert sum(map(len, embedded["embed_images"])) == len(images) - num_damaged < 1.2 * len(pairs)
+    relabel(output_path=tmp_path / "labels.parquet", batch_size=24, **few.flags)
+    images = {(row[f"image_{side}_uid"], row["caption"]) for row in few.table.to_pylist() for side in (0, 1)}
+    assert sum(map(len, embedded["embed_images"])) == len(images) < 1.2 * len(few.table)
     assert all(len(texts) == len(set(texts)) for texts in embedded["embed_texts"])
-    assert_same_labels(tmp_path / "labels.parquet", labels_path, atol=1e-6)
+    assert_same_labels(tmp_path / "labels.parquet", few.labels, atol=1e-6)
 
 
 def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
@@ -203,8 +199,7 @@ def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"score_min": 0.1}, "--score_min and --score_max need each other"),
-        ({"score_min": 0.3, "score_max": 0.1}, "must be less than"),
+        ({"score_range": [0.3, 0.1]}, "--score_range must be a MIN and a larger MAX, got 0.3 0.1"),
         ({"output_path": "labels.csv"}, "must end in .parquet"),
         (
             {"caption_column": "prompt"},
@@ -216,17 +211,7 @@ def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
             {"dataset_name": "no/such/set"},
             r"(?s)--dataset_name no/such/set .* cannot be loaded.*Accepted: a Hub name, a folder, a Parquet",
         ),
-        ({"reward_model": ["a/b", "c/b"]}, "--reward_model c/b: 'b' cannot name it, as it is taken"),
-        ({"reward_model": "pick=/no/lr=1e-5/model"}, "--reward_model /no/lr=1e-5/model cannot be loaded"),
-        ({"reward_weights": [1, 2]}, "--reward_weights has 2 values for 1 reward models"),
-        ({"reward_weights": ["-1"]}, r"--reward_weights must not be negative, and one must be positive, got \[-1"),
-        ({"reward_weights": [0]}, "--reward_weights must not be negative, and one must be positive"),
-        ({"dataloader_num_workers": -1}, "--dataloader_num_workers must not be negative"),
-        ({"dataset_name": ""}, "one of --dataset_name and --scores_from"),
-        (
-            {"scores_from": "none.parquet"},
-            "(?s)one of --dataset_name and.*--reward_model: without.*none.parquet is not a",
-        ),
+        ({"reward_model": "/no/lr=1e-5/model"}, "--reward_model /no/lr=1e-5/model cannot be loaded"),
         ({"hub_public": True}, "--hub_dataset_id and --hub_public do nothing without --push_to_hub"),
         ({"reward_model": TINY / "sd15" / "text_encoder"}, "is a .*, not a CLIP-style model"),
         ({"reward_model": "~/no/such/model"}, "--reward_model /.*/no/such/model cannot be loaded"),
@@ -264,111 +249,77 @@ def test_data_without_rows_captions_or_images(tmp_path):
             relabel(dataset_name=tmp_path / f"{name}.parquet", output_path=tmp_path / f"{name}-labels.parquet")
 
 
-def test_a_mistake_is_the_last_thing_on_the_screen(tmp_path):
-    command = [sys.executable, ROOT / "relabel_pickapic.py", "--output_path", tmp_path / "labels.parquet"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "relabel_pickapic.py: Give the pairs with one of --dataset_name and --scores_from.\n"
+def test_a_mistake_is_the_last_thing_on_the_screen(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["relabel_pickapic.py", "--dataset_name", "pairs", "--output_path", "labels.csv"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(ROOT / "relabel_pickapic.py", run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "relabel_pickapic.py: --output_path must end in .parquet, got labels.csv.\n"
 
 
-def test_what_is_there_is_never_overwritten(tmp_path):
-    for name in ("labels.parquet", "labels.png"):
-        (tmp_path / name).write_text("what took a day")
-        with pytest.raises(UserError, match=f"{name} exists. Move it away"):
-            relabel(output_path=tmp_path / "labels.parquet")
-        (tmp_path / name).unlink()
+def test_what_is_there_is_never_overwritten(few, tmp_path):
+    """And is refused before anything is scored."""
+    path = tmp_path / "labels.parquet"
+    path.write_text("what took a day")
     (tmp_path / "labels.scores").mkdir()
     (tmp_path / "labels.scores" / "notes.txt").write_text("what took a day")
-    relabel(dataset_split_name="test", output_path=tmp_path / "labels.parquet")
+    with pytest.raises(UserError, match="labels.parquet exists. Move it away"):
+        relabel(**{**few.flags, "reward_model": "/no/model", "output_path": path})
+    path.unlink()
+    relabel(output_path=path, **few.flags)
     assert names_in(tmp_path / "labels.scores") == {"notes.txt"}
 
 
-def test_names_that_others_may_read(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pairs").mkdir()
-    for name, public in {
-        "ada/pairs": "ada/pairs",
-        "pairs": "pairs",
-        ".": tmp_path.name,
-        f"{tmp_path}/model": "model",
-        "data/train-*.parquet": "train-*.parquet",
-        "https://ada:se%40cret@host:80/a@b/x.parquet?token=1#2": "https://host:80/a@b/x.parquet",
-        "hf://datasets/ada/pairs@main/x.parquet": "hf://datasets/ada/pairs@main/x.parquet",
-    }.items():
-        assert public_name(name) == public
-    assert without_secrets(f"{tmp_path}/a@b#1?.parquet") == f"{tmp_path}/a@b#1?.parquet"
-
-
-# Several rewards
-
-
-@pytest.fixture(scope="module")
-def other_reward(tmp_path_factory):
-    """A CLIP of another size, with random weights, that looks at 32 pixels."""
-    folder = tmp_path_factory.mktemp("other")
-    config = CLIPConfig.from_pretrained(TINY / "pickscore")
-    config.vision_config.image_size, config.vision_config.hidden_size, config.projection_dim = 32, 48, 24
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(folder)
-    processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
-    processor.image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def test_several_rewards_and_their_mix(other_reward, few, tmp_path):
-    models = [f"pick={TINY / 'pickscore'}", f"other={other_reward}"]
-    relabel(reward_model=models, reward_weights=[3, 1], output_path=tmp_path / "both.parquet", **few.flags)
-    relabel(reward_model=other_reward, output_path=tmp_path / "other.parquet", **few.flags)
-    both = pq.read_table(tmp_path / "both.parquet")
-    assert both.column_names[4:9] == ["score_0_pick", "score_1_pick", "score_0_other", "score_1_other", "soft_label_0"]
-    gaps = []
-    for name, alone in (("_pick", few.labels), ("_other", tmp_path / "other.parquet")):
-        scores = scores_of(tmp_path / "both.parquet", name)
-        np.testing.assert_array_equal(scores, scores_of(alone))
-        gaps.append((scores[0] - scores[1]) / (np.nanmax(scores) - np.nanmin(scores)))
-    expected = 1 / (1 + np.exp(-(0.75 * gaps[0] + 0.25 * gaps[1])))
-    np.testing.assert_allclose(both["soft_label_0"].to_numpy(), expected, rtol=1e-5)
-    rewards = metadata_of(tmp_path / "both.parquet")["rewards"]
-    assert [(reward["name"], reward["weight"]) for reward in rewards] == [("pick", 0.75), ("other", 0.25)]
-    assert rewards[1]["reward_model"] == other_reward.name
-
-    # New weights and ranges from the raw scores alone, without data and model.
-    flags = {"reward_weights": [0, 1], "score_min": [-1, -0.5], "score_max": [1, 0.5]}
-    from_scores(tmp_path / "both.parquet", tmp_path / "again.parquet", **flags)
-    again = pq.read_table(tmp_path / "again.parquet")
-    assert again.column_names == both.column_names and again["score_0_pick"].equals(both["score_0_pick"])
-    scores = scores_of(tmp_path / "both.parquet", "_other")
-    np.testing.assert_allclose(again["soft_label_0"].to_numpy(), 1 / (1 + np.exp(scores[1] - scores[0])), rtol=1e-5)
-    with pytest.raises(UserError, match="--reward_weights has 1 values, and .* the scores of 2 reward models"):
-        from_scores(tmp_path / "both.parquet", tmp_path / "3.parquet", reward_weights=[1])
-
-
-def from_scores(path, output_path, **flags):
-    relabel(dataset_name=None, reward_model=None, scores_from=path, output_path=output_path, **flags)
-
-
-def test_labels_from_scores_are_those_of_a_run_with_the_range(few, tmp_path):
-    """And the folder of another run, or of the user's, that would belong to the output stays."""
-    flags = {"score_min": 0.1, "score_max": 0.3}
-    (tmp_path / "taken.scores").mkdir()
-    (tmp_path / "taken.scores" / "notes.txt").write_text("what took a day")
-    relabel(output_path=tmp_path / "scored.parquet", **flags, **few.flags)
-    from_scores(few.labels, tmp_path / "taken.parquet", **flags)
-    assert (tmp_path / "scored.parquet").read_bytes() == (tmp_path / "taken.parquet").read_bytes()
-    assert names_in(tmp_path / "taken.scores") == {"notes.txt"}
-    scores, metadata = scores_of(tmp_path / "taken.parquet"), metadata_of(tmp_path / "taken.parquet")
-    np.testing.assert_array_equal(scores, scores_of(few.labels))
+def test_the_range_can_be_given(few, tmp_path):
+    relabel(output_path=tmp_path / "labels.parquet", score_range=[0.1, 0.3], **few.flags)
+    scores, metadata = scores_of(tmp_path / "labels.parquet"), metadata_of(tmp_path / "labels.parquet")
     expected = 1 / (1 + np.exp(-(scores[0] - scores[1]) / 0.2))
-    np.testing.assert_allclose(
-        pq.read_table(tmp_path / "taken.parquet")["soft_label_0"].to_numpy(), expected, rtol=1e-5
-    )
-    assert metadata["rewards"][0]["range_from"] == "the command line" and metadata["rewards"][0]["score_max"] == 0.3
+    soft_label_0 = pq.read_table(tmp_path / "labels.parquet")["soft_label_0"]
+    np.testing.assert_allclose(soft_label_0.to_numpy(), expected, rtol=1e-5)
+    assert metadata["range_from"] == "the command line" and metadata["score_max"] == 0.3
 
 
-def test_scores_come_from_labels_files_only(tmp_path):
-    with pytest.raises(UserError, match="(?s)--scores_from .*train.parquet cannot be loaded: .*lack smpo_labels"):
-        from_scores(TINY / "pairs" / "train.parquet", tmp_path / "labels.parquet")
+@pytest.mark.parametrize("name, revision, public", [
+    ("ada/pairs", "a" * 40, "ada/pairs"),
+    ("/home/ada/private/pairs", None, "pairs"),
+    ("data/train-*.parquet", None, "train-*.parquet"),
+    ("https://ada:password@files.org/private/pairs.parquet?key=1", None, "pairs.parquet"),
+])  # fmt: skip
+def test_names_that_others_may_read(name, revision, public):
+    found = pd.DataFrame({"hash": [1, 2], "problem": None, "score": np.float32([0.1, 0.2])})
+    rows = pa.table({"image_0_uid": ["a"], "image_1_uid": ["b"], "caption": ["c"]})
+    source = {"reward_model": name, "revision": revision, "reward_processor": name, "processor_revision": revision}
+    args = parse_args(["--dataset_name", name, "--output_path", "labels.parquet"])
+    metadata = make_labels(found, rows, {**source, "label_range": None}, revision, args)[1]
+    assert {metadata[key] for key in ("dataset_name", "reward_model", "reward_processor")} == {public}
+
+
+def test_two_folders_become_pairs_that_are_labelled_and_trained_on(tmp_path):
+    folder, pairs, labels = tmp_path / "mine", tmp_path / "pairs.parquet", tmp_path / "labels.parquet"
+    table = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, 4).to_pylist()
+    for i, side in enumerate(("preferred", "rejected")):
+        (folder / side).mkdir(parents=True)
+        for number, row in enumerate(table):
+            (folder / side / f"{number}.jpg").write_bytes(row[f"jpg_{i}"])
+    flags = {"dataset_name": None, "reward_model": None, "pairs_from": folder, "output_path": pairs}
+    (folder / "rejected" / "5.png").touch()
+    with pytest.raises(
+        UserError, match=r"in one folder only: \['5.png'\]; no caption: \['0.jpg', .*Accepted: a folder"
+    ):
+        relabel(**flags)
+    (folder / "rejected" / "5.png").unlink()
+    for number, row in enumerate(table):
+        (folder / "preferred" / f"{number}.txt").write_text(row["caption"] + "\n")
+    relabel(**flags)
+    for found, row in zip(pq.read_table(pairs).to_pylist(), table, strict=True):
+        assert {**row, **found}["label_0"] == 1 and all(
+            found[name] == row[name] for name in ("jpg_0", "jpg_1", "caption")
+        )
+        assert found["image_0_uid"] == hashlib.sha256(row["jpg_0"]).hexdigest() != found["image_1_uid"]
+    with pytest.raises(UserError, match="pairs.parquet exists"):
+        relabel(**flags)
+    relabel(dataset_name=pairs, output_path=labels)
+    train(tmp_path / "tuned", dataset_name=pairs, labels_path=labels, max_train_steps=1)
 
 
 # Rows that are not as they should be
@@ -554,16 +505,3 @@ def test_decode_image_refuses_what_is_no_image():
     side = int(MAX_PIXELS**0.5) + 1
     with pytest.raises(ValueError, match=f"{side} x {side} pixels, more than 50,000,000"):
         decode_image(encoded(Image.new("1", (side, side)), "PNG"), [])
-
-
-def test_labels_a_rounding_apart_are_drawn(few, tmp_path):
-    """Soft labels of 0.5 and of its neighbours in fp32, between which fp32 has no room for bins."""
-    labels = pq.read_table(few.labels)
-    near = [np.nextafter(np.float32(0.2), np.float32(i % 2)) for i in range(len(labels))]
-    for name, values in {"score_0": near, "score_1": [np.float32(0.2)] * len(labels)}.items():
-        labels = with_column(labels, name, pa.array(values, pa.float32()))
-    pq.write_table(labels, tmp_path / "near.parquet")
-    path = tmp_path / "new.parquet"
-    from_scores(tmp_path / "near.parquet", path, score_min=0.1, score_max=0.3)
-    assert path.with_suffix(".png").is_file()
-    assert 0 < np.ptp(pq.read_table(path)["soft_label_0"].drop_null().to_numpy()) < 1e-6
