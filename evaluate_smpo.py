@@ -538,16 +538,14 @@ class SquareProcessor(NamedTuple):
         if self.pad:
             width, height = (max(1, round(end * (size / max(ends)))) for end in ends)
             left, top = (size - width) // 2, (size - height) // 2
-            image = torch.from_numpy(np.array(images)).permute(2, 0, 1)[None] / 255
-            image = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
-            pixels = torch.zeros(1, 3, size, size)
-            pixels[:, :, top : top + height, left : left + width] = image
+            pixels = torch.from_numpy(np.array(images)).permute(2, 0, 1)[None] / 255
+            pixels = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
         else:
             width, height = (int(size * end / min(ends)) for end in ends)
-            left, top = round((width - size) / 2), round((height - size) / 2)
-            image = images.resize((width, height), Image.Resampling.BICUBIC)
-            image = image.crop((left, top, left + size, top + size))
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+            left, top = -round((width - size) / 2), -round((height - size) / 2)
+            image = np.array(images.resize((width, height), Image.Resampling.BICUBIC))
+            pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+        pixels = torch.nn.functional.pad(pixels, (left, size - width - left, top, size - height - top))  # or crops
         mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
         return {"pixel_values": (pixels - mean) / std}
 

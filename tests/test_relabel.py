@@ -5,7 +5,6 @@ import io
 import json
 import os
 import runpy
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ import pytest
 import torch
 from conftest import ROOT, TINY, assert_same_labels, names_in, relabel, train
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 import relabel_pickapic
@@ -31,7 +29,6 @@ from relabel_pickapic import (
     UserError,
     cut_pieces,
     decode_image,
-    first_places,
     make_labels,
     parse_args,
 )
@@ -149,13 +146,6 @@ def test_pieces_cover_each_row_once():
     assert len([piece for piece in pieces if (piece.shard, piece.group) == (0, 3)]) == MAX_PARTS
 
 
-def test_first_places():
-    rng = np.random.default_rng(0)
-    for keys in (rng.integers(-3, 4, (1, 50)), rng.integers(-3, 4, (2, 200)), np.full((2, 5), 2**62)):
-        columns = list(zip(*keys.tolist()))
-        assert first_places(*keys).tolist() == [columns.index(column) for column in columns]
-
-
 @pytest.fixture
 def embedded(monkeypatch):
     """Counts what is embedded by wrapping the functions that do it: images and texts of each batch."""
@@ -189,7 +179,7 @@ def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
 
     monkeypatch.setattr(relabel_pickapic, "embed_images", allocate)
     relabel(output_path=tmp_path / "labels.parquet", batch_size=8, **few.flags)
-    assert max(map(len, embedded["embed_images"])) == 10
+    assert 5 < max(map(len, embedded["embed_images"])) <= 10
     assert_same_labels(tmp_path / "labels.parquet", few.labels, atol=1e-6)
     monkeypatch.setattr(relabel_pickapic, "embed_images", lambda *args: (_ for _ in ()).throw(RuntimeError("another")))
     with pytest.raises(RuntimeError, match="another"):
@@ -205,22 +195,18 @@ def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
             {"caption_column": "prompt"},
             "(?s)--caption_column prompt: there is no such column.*the data set has .*caption",
         ),
-        ({"key_columns": ["uid", "image_1_uid"]}, "--key_columns uid: there is no such column"),
         ({"key_columns": ["uid"]}, "--key_columns takes two or three columns, got uid"),
         (
             {"dataset_name": "no/such/set"},
             r"(?s)--dataset_name no/such/set .* cannot be loaded.*Accepted: a Hub name, a folder, a Parquet",
         ),
-        ({"reward_model": "/no/lr=1e-5/model"}, "--reward_model /no/lr=1e-5/model cannot be loaded"),
         ({"hub_public": True}, "--hub_dataset_id and --hub_public do nothing without --push_to_hub"),
+        ({"reward_model": "~/no/lr=1e-5/model"}, "--reward_model /.*/no/lr=1e-5/model cannot be loaded"),
         ({"reward_model": TINY / "sd15" / "text_encoder"}, "is a .*, not a CLIP-style model"),
-        ({"reward_model": "~/no/such/model"}, "--reward_model /.*/no/such/model cannot be loaded"),
         ({"dataset_split_name": "validation"}, "--dataset_split_name validation cannot be loaded"),
         ({"dataset_name": ROOT / "pyproject.toml"}, "(?s)is a file and not Parquet.*Accepted: a Hub name, a folder"),
         ({"image_columns": ["jpg_0", "caption"]}, "--image_columns caption holds string, not encoded images"),
-        ({"caption_column": "label_0"}, "--caption_column label_0 holds double, not texts"),
         ({"human_label_column": "caption"}, "--human_label_column caption holds string, not numbers"),
-        ({"key_columns": ["image_0_uid", "has_label"]}, "--key_columns has_label holds bool, not texts or numbers"),
     ],
 )
 def test_bad_input_is_named(flags, message, tmp_path):
@@ -229,24 +215,18 @@ def test_bad_input_is_named(flags, message, tmp_path):
     assert not list(tmp_path.glob("*.p*"))
 
 
-def test_data_without_rows_captions_or_images(tmp_path):
-    table = pq.read_table(TINY / "pairs" / "test.parquet")
-    blank = {name: pa.nulls(len(table), table.schema.field(name).type) for name in ("caption", "jpg_0", "jpg_1")}
-    for name, columns, message in [
-        ("empty", [], "has no rows in the split train"),
-        ("mute", ["caption"], "mute.parquet holds no captions"),
-        (
-            "blind",
-            ["jpg_0", "jpg_1"],
-            "0 of 128 images have a score.*Check --image_columns. Reasons: .*not a readable",
-        ),
-    ]:
-        changed = table.slice(0, 0) if name == "empty" else table
-        for column in columns:
-            changed = with_column(changed, column, blank[column])
-        pq.write_table(changed, tmp_path / f"{name}.parquet")
-        with pytest.raises(UserError, match=message):
-            relabel(dataset_name=tmp_path / f"{name}.parquet", output_path=tmp_path / f"{name}-labels.parquet")
+@pytest.mark.parametrize("rows, columns, message", [
+    (0, {}, "has no rows in the split train"),
+    (8, {"caption": pa.nulls(8, pa.string())}, "pairs.parquet holds no captions"),
+    (8, dict.fromkeys(["jpg_0", "jpg_1"], pa.nulls(8, pa.binary())), "0 of 16 images .*Check --image_col.*not a read"),
+])  # fmt: skip
+def test_data_without_rows_captions_or_images(rows, columns, message, tmp_path):
+    table = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, rows)
+    for name, values in columns.items():
+        table = with_column(table, name, values)
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    with pytest.raises(UserError, match=message):
+        relabel(dataset_name=tmp_path / "pairs.parquet", output_path=tmp_path / "labels.parquet")
 
 
 def test_a_mistake_is_the_last_thing_on_the_screen(monkeypatch, capsys):
@@ -282,16 +262,18 @@ def test_the_range_can_be_given(few, tmp_path):
 @pytest.mark.parametrize("name, revision, public", [
     ("ada/pairs", "a" * 40, "ada/pairs"),
     ("/home/ada/private/pairs", None, "pairs"),
-    ("data/train-*.parquet", None, "train-*.parquet"),
     ("https://ada:password@files.org/private/pairs.parquet?key=1", None, "pairs.parquet"),
 ])  # fmt: skip
-def test_names_that_others_may_read(name, revision, public):
-    found = pd.DataFrame({"hash": [1, 2], "problem": None, "score": np.float32([0.1, 0.2])})
-    rows = pa.table({"image_0_uid": ["a"], "image_1_uid": ["b"], "caption": ["c"]})
+def test_names_that_others_may_read_and_a_score_that_is_not_finite(name, revision, public):
+    found = pd.DataFrame({"hash": 0, "problem": None, "score": np.float32([0.1, 0.2, 0.3, np.nan])})
+    rows = pa.table({"image_0_uid": ["a", "b"], "image_1_uid": ["c", "d"], "caption": ["e", "f"]})
     source = {"reward_model": name, "revision": revision, "reward_processor": name, "processor_revision": revision}
     args = parse_args(["--dataset_name", name, "--output_path", "labels.parquet"])
-    metadata = make_labels(found, rows, {**source, "label_range": None}, revision, args)[1]
+    labels, metadata = make_labels(found, rows, {**source, "label_range": None}, revision, args)
     assert {metadata[key] for key in ("dataset_name", "reward_model", "reward_processor")} == {public}
+    assert metadata["invalid"]["not finite"] == 1
+    assert labels["invalid_reason"].to_pylist() == [None, "image 1: the score is not finite"]
+    assert labels["score_1"].is_null().to_pylist() == labels["soft_label_0"].is_null().to_pylist() == [False, True]
 
 
 def test_two_folders_become_pairs_that_are_labelled_and_trained_on(tmp_path):
@@ -372,47 +354,23 @@ def test_images_and_captions_that_are_damaged_or_missing(tmp_path):
 def test_one_uid_with_other_bytes_is_another_image(tmp_path):
     """Damaged bytes where a uid first occurs do not spoil good ones after them, nor do two images share a score."""
     pairs = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, 12).to_pylist()
-    for i, row in enumerate(pairs):
-        row["caption"] = pairs[0]["caption"]
-        row["image_0_uid"], row["image_1_uid"] = f"uid {i % 4}", None
     pairs[1]["jpg_0"] = pairs[1]["jpg_0"][:300]
     pairs[9]["jpg_0"] = pairs[5]["jpg_0"]
-    pq.write_table(pa.Table.from_pylist(pairs), tmp_path / "shared.parquet")
-    for i, row in enumerate(pairs):
-        row["image_0_uid"], row["image_1_uid"] = f"left {i}", f"right {i}"
-    pq.write_table(pa.Table.from_pylist(pairs), tmp_path / "distinct.parquet")
-    for name in ("shared", "distinct"):
-        flags = {"dataset_name": tmp_path / f"{name}.parquet", "dataloader_num_workers": 0}
-        relabel(output_path=tmp_path / name / "labels.parquet", **flags)
-    shared, distinct = (rows_of(tmp_path / name / "labels.parquet") for name in ("shared", "distinct"))
-    for one, other in zip(shared, distinct):
+    rows = {}
+    for name, uid_0, uid_1 in (("shared", "uid {}", None), ("distinct", "left {1}", "right {1}")):
+        for i, row in enumerate(pairs):
+            row["image_0_uid"], row["image_1_uid"] = uid_0.format(i % 4, i), uid_1 and uid_1.format(i % 4, i)
+            row["caption"] = pairs[0]["caption"]
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.Table.from_pylist(pairs), path)
+        relabel(dataset_name=path, output_path=tmp_path / name / "labels.parquet", dataloader_num_workers=0)
+        rows[name] = rows_of(tmp_path / name / "labels.parquet")
+    for one, other in zip(rows["shared"], rows["distinct"]):
         assert one["valid"] == other["valid"] and one["invalid_reason"] == other["invalid_reason"]
-        if one["valid"]:
-            assert one["score_0"] == pytest.approx(other["score_0"], abs=1e-6)
-            assert one["score_1"] == pytest.approx(other["score_1"], abs=1e-6)
-    assert [row["valid"] for row in shared] == [i != 1 for i in range(12)]
-    assert shared[5]["score_0"] == shared[9]["score_0"]
-
-
-def test_a_score_that_is_not_finite_has_no_label(few, tmp_path):
-    """A model that answers NaN to one word."""
-    shutil.copytree(TINY / "pickscore", tmp_path / "model")
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
-    (token,) = processor.tokenizer("red", add_special_tokens=False)["input_ids"]
-    (name,) = [name for name in weights if name.endswith("token_embedding.weight")]
-    weights[name][token] = float("nan")
-    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    relabel(reward_model=tmp_path / "model", output_path=tmp_path / "labels.parquet", **few.flags)
-    rows = rows_of(tmp_path / "labels.parquet")
-    red = [token in processor.tokenizer(caption)["input_ids"] for caption in few.table["caption"].to_pylist()]
-    assert 0 < sum(red) < len(rows)
-    for row, is_red in zip(rows, red):
-        if is_red:
-            assert row["score_1"] is None and "image 1: the score is not finite" in row["invalid_reason"]
-        else:
-            assert row["score_1"] is not None
-    assert metadata_of(tmp_path / "labels.parquet")["invalid"]["not finite"] == sum(red)
+        scores = ([row[f"score_{i}"] or 0 for i in (0, 1)] for row in (one, other))
+        assert next(scores) == pytest.approx(next(scores), abs=1e-6)
+    assert [row["valid"] for row in rows["shared"]] == [i != 1 for i in range(12)]
+    assert rows["shared"][5]["score_0"] == rows["shared"][9]["score_0"]
 
 
 # What is written
