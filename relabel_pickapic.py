@@ -851,8 +851,8 @@ def start_run(shards, commit, args):
                 raise UserError(f"--output_path: {labels_path} exists. Move it away, or write another file.")
             for other in folder.parent.glob("*/run.json"):
                 logger.warning(f"{other.parent} holds the scores of a run with other data, another model or flags.")
-            name, _, model = args.reward_model.partition("=")
-            if name not in REWARDS or not model:  # a path may have an = of its own
+            name, equals, model = args.reward_model.partition("=")
+            if not equals or "/" in name:  # a path may have an = of its own
                 name = model = args.reward_model
             source = find_reward(name, os.path.expanduser(model))
             source["files"] = files_of(source["reward_model"])

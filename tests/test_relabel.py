@@ -202,6 +202,7 @@ def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
         ),
         ({"hub_public": True}, "--hub_dataset_id and --hub_public do nothing without --push_to_hub"),
         ({"reward_model": "~/no/lr=1e-5/model"}, "--reward_model /.*/no/lr=1e-5/model cannot be loaded"),
+        ({"reward_model": "mine=no/model"}, "--reward_model no/model cannot be loaded"),
         ({"reward_model": TINY / "sd15" / "text_encoder"}, "is a .*, not a CLIP-style model"),
         ({"dataset_split_name": "validation"}, "--dataset_split_name validation cannot be loaded"),
         ({"dataset_name": ROOT / "pyproject.toml"}, "(?s)is a file and not Parquet.*Accepted: a Hub name, a folder"),
