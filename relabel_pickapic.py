@@ -298,15 +298,17 @@ def open_data(args):
     with explain_errors("dataset_name", f"{name} --dataset_split_name {split}", DATASET_ACCEPTED):
         if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
             data = load_from_disk(name)
-            if isinstance(data, datasets.DatasetDict) and split not in data:
-                raise ValueError(f"it has the splits {', '.join(data)}")
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+            if isinstance(data, datasets.DatasetDict):
+                if split not in data:
+                    raise ValueError(f"it has the splits {', '.join(data)}")
+                data = data[split]
         else:
-            is_parquet = name.endswith(".parquet")
-            if Path(name).is_file() and not is_parquet:
-                raise ValueError("it is a file and not Parquet: pandas or `datasets` can write it as such")
-            source = {"path": "parquet", "data_files": {split: name}} if is_parquet else {"path": name}
-            builder = load_dataset_builder(**source)
+            if name.endswith(".parquet"):
+                builder = load_dataset_builder("parquet", data_files={split: name})
+            elif Path(name).is_file():
+                raise ValueError("it is a file, and none named .parquet: pandas converts others")
+            else:
+                builder = load_dataset_builder(name)
             files = list((builder.config.data_files or {}).get(split, []))
             commit = next(iter(re.findall("@([0-9a-f]{40})/", " ".join(files))), None)
             files = files if builder.name == "parquet" else []
@@ -865,6 +867,11 @@ def start_run(shards, commit, args):
 # ---- Labels and their upload ------------------------------------------------------------------------------------------
 
 
+def public_name(name, commit):
+    """A name on the Hub; of a path or URL, which have no commit, its last part: no password, no folder."""
+    return name if commit else re.sub("[?#].*", "", Path(name).absolute().name)
+
+
 def make_labels(found, rows, source, commit, args):
     """The labels file of P pairs as a table; `found` is of `score_data_set`. Its metadata say all that led to it.
 
@@ -891,15 +898,10 @@ def make_labels(found, rows, source, commit, args):
     labels["soft_label_0"] = pa.array(label, mask=~np.isfinite(label))
     labels |= {"valid": reasons.is_null(), "invalid_reason": reasons}
 
-    names = {
-        "dataset_name": args.dataset_name,
-        **{name: source[name] for name in ("reward_model", "reward_processor")},
-    }
-    commits = {"dataset_revision": commit, **{name: source[name] for name in ("revision", "processor_revision")}}
-    for name, revision in zip(names, commits.values()):
-        if revision is None:  # what does not lie on the Hub has no more than its last name: no password, no folder
-            names[name] = re.sub("[?#].*", "", Path(names[name]).absolute().name)
-    metadata = {**names, **commits, "dataset_split_name": args.dataset_split_name, "dtype": args.dtype}
+    metadata = {"dataset_name": public_name(args.dataset_name, commit), "dataset_revision": commit}
+    for name, revision in (("reward_model", "revision"), ("reward_processor", "processor_revision")):
+        metadata |= {name: public_name(source[name], source[revision]), revision: source[revision]}
+    metadata |= {"dataset_split_name": args.dataset_split_name, "dtype": args.dtype}
     metadata |= {"score_min": low, "score_max": high, "range_from": range_from}
     metadata |= {"num_rows": len(rows), "num_valid": len(rows) - len(bad), "num_invalid": len(bad)}
     metadata["invalid"] = {kind: sum(kind in reason for reason in bad) for kind in REASONS}
@@ -919,8 +921,7 @@ def write_labels(labels, path):
 def report(labels, metadata):
     """Logs what is worth knowing of the labels before training on them."""
     logger.info(json.dumps(metadata, indent=2))
-    frame = labels.select([name for name in ("label_0", "soft_label_0") if name in labels.column_names]).to_pandas()
-    frame = frame[frame["soft_label_0"].notna()]
+    frame = labels.filter(labels["valid"]).to_pandas()
     ends = np.quantile(np.abs(2 * frame["soft_label_0"] - 1), [0.1, 0.5, 0.9])
     logger.info("|2 soft_label_0 - 1|, 10 %, median, 90 %: {:.4f}, {:.4f}, {:.4f}".format(*ends))
     if "label_0" in frame:

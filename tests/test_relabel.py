@@ -205,7 +205,7 @@ def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
         ({"reward_model": "mine=no/model"}, "--reward_model no/model cannot be loaded"),
         ({"reward_model": TINY / "sd15" / "text_encoder"}, "is a .*, not a CLIP-style model"),
         ({"dataset_split_name": "validation"}, "--dataset_split_name validation cannot be loaded"),
-        ({"dataset_name": ROOT / "pyproject.toml"}, "(?s)is a file and not Parquet.*Accepted: a Hub name, a folder"),
+        ({"dataset_name": ROOT / "pyproject.toml"}, "(?s)is a file, and none named .parquet.*Accepted: a Hub"),
         ({"image_columns": ["jpg_0", "caption"]}, "--image_columns caption holds string, not encoded images"),
         ({"human_label_column": "caption"}, "--human_label_column caption holds string, not numbers"),
     ],
@@ -378,17 +378,14 @@ def test_one_uid_with_other_bytes_is_another_image(tmp_path):
 
 
 def test_an_image_folder_with_columns_of_other_names(labels_path, tmp_path):
-    """A file from elsewhere is not looked at."""
     folder, pairs = tmp_path / "pairs", []
     folder.mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
     for row in pq.read_table(TINY / "pairs" / "train.parquet").slice(0, 5).to_pylist():
         pairs.append({"a": row["image_0_uid"], "b": row["image_1_uid"], "prompt": row["caption"]})
         for side, name in enumerate(("left", "right")):
             pairs[-1][f"{name}_file_name"] = f"{len(pairs)}-{name}.jpg"
             (folder / f"{len(pairs)}-{name}.jpg").write_bytes(row[f"jpg_{side}"])
     (folder / "5-right.jpg").unlink()
-    (folder / "5-right.jpg").symlink_to(tmp_path / "private.png")
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     relabel(
         dataset_name=folder, output_path=tmp_path / "labels.parquet", image_columns=["left", "right"],
@@ -449,7 +446,9 @@ def test_decode_image_reads_files_of_the_data_set_alone(tmp_path):
     inside = {"bytes": None, "path": str(tmp_path / "pairs" / "image.png")}
     assert decode_image(inside, [tmp_path / "pairs"]).getpixel((0, 0)) == (0, 0, 255)
     (tmp_path / "other").mkdir()
-    for path, folder in [(inside["path"], tmp_path / "other"), ("/dev/zero", Path("/")), (tmp_path, Path("/"))]:
+    (tmp_path / "other" / "link.png").symlink_to(inside["path"])
+    outside = [(path, tmp_path / "other") for path in (inside["path"], tmp_path / "other" / "link.png")]
+    for path, folder in [*outside, ("/dev/zero", Path("/")), (tmp_path, Path("/"))]:
         with pytest.raises(ValueError, match="is no file in the folder of the data set"):
             decode_image({"bytes": None, "path": str(path)}, [folder])
 

@@ -266,11 +266,6 @@ def test_labels_are_uploaded(hub, server, tmp_path):
     assert server.run(args) != 0  # now it is finished
 
 
-def test_what_the_hub_does_not_have(hub, server, tmp_path):
-    assert server.run(flags_of(tmp_path / "labels.parquet", dataset_name="ada/none")) != 0
-    assert re.search("--dataset_name ada/none .*cannot be loaded", server.output())
-
-
 def test_streaming_is_for_parquet(tmp_path):
     datasets.Dataset(pq.read_table(TINY / "pairs" / "test.parquet")).save_to_disk(tmp_path / "saved")
     with pytest.raises(
