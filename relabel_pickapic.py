@@ -109,8 +109,8 @@ PIL_BACKEND = (
 LABEL_KEYS = ["image_0_uid", "image_1_uid", "ranking_id"]  # the columns of a labels file that name a pair
 REASONS = ["no caption", "not a readable image", "not finite"]  # why a pair has no label, as parts of `invalid_reason`
 FOLDERS_ACCEPTED = (
-    "a folder with images in `preferred` and others of the same names in `rejected`, and beside each preferred one,"
-    " as NAME.txt, its caption"
+    "a folder with images in `preferred` and others of the same names in `rejected`, and their captions in a"
+    " `metadata.csv` (file_name,caption) or as NAME.txt beside the preferred ones"
 )
 DATASET_ACCEPTED = "a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder"
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would also start Ghostscript for PostScript
@@ -972,7 +972,11 @@ def write_own_pairs(folder, path):
         for side in ("preferred", "rejected")
     )
     texts = {name: image.with_suffix(".txt") for name, image in preferred.items()}
-    alone, mute = preferred.keys() ^ rejected.keys(), [name for name, text in texts.items() if not text.exists()]
+    captions = {name: text.read_text("utf-8").strip() for name, text in texts.items() if text.exists()}
+    if (folder / "metadata.csv").exists():
+        with explain_errors("pairs_from", folder / "metadata.csv", FOLDERS_ACCEPTED):
+            captions |= dict(pd.read_csv(folder / "metadata.csv", dtype=str)[["file_name", "caption"]].dropna().values)
+    alone, mute = preferred.keys() ^ rejected.keys(), preferred.keys() - captions.keys()
     if alone or mute or not preferred:
         found = f"{len(preferred)} preferred images; in one folder only: {sorted(alone)}; no caption: {sorted(mute)}"
         raise UserError(f"--pairs_from {folder} has {found}. Accepted: {FOLDERS_ACCEPTED}.")
@@ -982,7 +986,7 @@ def write_own_pairs(folder, path):
     for number, name in enumerate(sorted(preferred)):
         images = [side[name].read_bytes() for side in (preferred, rejected)]
         keys = dict(zip(LABEL_KEYS, [*(hashlib.sha256(image).hexdigest() for image in images), number]))
-        rows.append({"jpg_0": images[0], "jpg_1": images[1], "caption": texts[name].read_text("utf-8").strip()})
+        rows.append({"jpg_0": images[0], "jpg_1": images[1], "caption": captions[name]})
         rows[-1] |= {"label_0": 1.0, **keys}
     write_whole(path, lambda file: pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=OWN_ROW_GROUP))
 
