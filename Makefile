@@ -12,7 +12,7 @@ UPSTREAM := relabel_pickapic.py train_smpo_sd15.py train_smpo_sdxl.py evaluate_s
 	tests/upstream/README.md tests/upstream/test_smpo_diffusion.py
 DEST ?=
 
-.PHONY: install demo test test-slow quality style fix-copies upstream gpu clean
+.PHONY: install demo test test-slow rounds quality style fix-copies upstream gpu clean
 
 install: $(VENV)/installed
 
@@ -54,6 +54,10 @@ test: install
 
 test-slow: install  ## the same, with every run killed twenty times, and the slowest cases
 	$(BIN)/python -m pytest --slow
+
+rounds: install  ## three rounds of drawing and training on the tiny model, against one offline run
+	$(BIN)/python tests/ablation/rounds.py
+	$(BIN)/python tests/ablation/make_tables.py
 
 quality: install
 	$(BIN)/ruff check $(SOURCES)

@@ -513,6 +513,7 @@ BLIP_NAMES = {  # the same of BLIP's image encoder; its text encoder has the sam
 VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 BLIP_VISION = BlipVisionConfig(**VIT_L, image_size=224, layer_norm_eps=1e-6)
 BLIP_TEXT = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 PADDED = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}  # tokens
 CLIP_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")  # repository and commit
 CLIP_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
@@ -537,16 +538,14 @@ class SquareProcessor(NamedTuple):
         if self.pad:
             width, height = (max(1, round(end * (size / max(ends)))) for end in ends)
             left, top = (size - width) // 2, (size - height) // 2
-            image = torch.from_numpy(np.array(images)).permute(2, 0, 1)[None] / 255
-            image = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
-            pixels = torch.zeros(1, 3, size, size)
-            pixels[:, :, top : top + height, left : left + width] = image
+            pixels = torch.from_numpy(np.array(images)).permute(2, 0, 1)[None] / 255
+            pixels = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
         else:
             width, height = (int(size * end / min(ends)) for end in ends)
-            left, top = round((width - size) / 2), round((height - size) / 2)
-            image = images.resize((width, height), Image.Resampling.BICUBIC)
-            image = image.crop((left, top, left + size, top + size))
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+            left, top = -round((width - size) / 2), -round((height - size) / 2)
+            image = np.array(images.resize((width, height), Image.Resampling.BICUBIC))
+            pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+        pixels = torch.nn.functional.pad(pixels, (left, size - width - left, top, size - height - top))  # or crops
         mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
         return {"pixel_values": (pixels - mean) / std}
 
@@ -683,7 +682,7 @@ REWARDS_ACCEPTED = (
 
 
 class Scorer(NamedTuple):
-    """A reward model, frozen and on its device; those of the same `preprocessing` look at the same pixels."""
+    """A reward model, frozen and on its device."""
 
     reward: Reward
     model: torch.nn.Module
@@ -691,60 +690,59 @@ class Scorer(NamedTuple):
     image_processor: Any  # makes `pixel_values` of an image, in any process
     source: dict  # of `find_reward`, and what else tells its scores from another's
 
-    @property
-    def preprocessing(self):
-        return repr(self.image_processor)
-
     def score(self, pixel_values, texts):
         """Raw scores of N images `[N, 3, H, W]` by their texts: fp32 `[N]`."""
         return self.reward.score(self.model, self.tokenizer, pixel_values, texts)
 
 
-def locate_file(name, file, revision=None):
-    """Path of a file, of this name or in a folder or Hub repository of it, and the commit of that repository."""
-    path = name if os.path.isfile(name) else cached_file(name, file, revision=revision)
-    return path, None if os.path.exists(name) else Path(path).parent.name
+def reward_name(text):
+    """An argparse type: of what --reward_model takes, the name of a published one in place of its repository."""
+    return next((name for name, reward in REWARDS.items() if text == reward.model), text)
 
 
-def find_reward(name, path, revision=None):
-    """Where the reward model NAME=PATH lies, and at which commits, as `load_rewards` takes it; NAME=NAME is published.
+def locate_file(path, file, revision=None):
+    """Where a file lies, which is `path` or in this folder or Hub repository, and the commit of the repository."""
+    found = path if os.path.isfile(path) else cached_file(path, file, revision=revision)
+    return found, None if os.path.exists(path) else Path(found).parent.name
+
+
+def find_reward(name, path):
+    """Where the reward model NAME=PATH lies, and at which commits, as `load_reward` takes it; NAME=NAME is published.
 
     If no tokenizer lies at PATH, that and all else that a checkpoint lacks is what the published one goes with; for
     other names than those of `REWARDS` it is PickScore's. Raises `UserError` if something is not there.
     """
-    reward, published = REWARDS.get(name, Reward()), name == path and name in REWARDS
+    reward, published, commit = REWARDS.get(name, Reward()), name == path and name in REWARDS, None
     if published:
-        path, revision = reward.model, revision or reward.revision
+        path, commit = reward.model, reward.revision
+    base, base_commit = reward.base, reward.base_revision
     with explain_errors("reward_model", path, REWARDS_ACCEPTED):
-        _, commit = locate_file(path, reward.file, revision)
-        base, base_commit = reward.base, reward.base_revision
+        _, commit = locate_file(path, reward.file, commit)
         if not published and not os.path.isfile(path):
-            own = cached_file(
-                path, "tokenizer_config.json", revision=commit, _raise_exceptions_for_missing_entries=False
-            )  # None if it has none; a connection that fails is an error, not another tokenizer
-            base, base_commit = (path, commit) if own is not None else (base, base_commit)
-    source = {"name": name, "reward_model": path, "revision": commit}
-    source |= {"reward_processor": base, "processor_revision": base_commit}
-    return source | {"label_range": reward.label_range if published else None}
+            # None is found if it has none; a connection that fails is an error, not another tokenizer.
+            optional = {"revision": commit, "_raise_exceptions_for_missing_entries": False}
+            if any(cached_file(path, file, **optional) for file in TOKENIZER_FILES):
+                base, base_commit = path, commit
+    return {
+        "name": name, "reward_model": path, "revision": commit, "reward_processor": base,
+        "processor_revision": base_commit, "label_range": reward.label_range if published else None,
+    }  # fmt: skip
 
 
-def load_rewards(sources, device, dtype):
-    """`{name: Scorer}` of what `find_reward` gives; raises `UserError` if one cannot be loaded."""
-    scorers = {}
-    for source in sources:
-        reward, path = REWARDS.get(source["name"], Reward()), source["reward_model"]
-        model_source = {"pretrained_model_name_or_path": path, "revision": source["revision"]}
-        base = {"pretrained_model_name_or_path": source["reward_processor"], "revision": source["processor_revision"]}
-        with explain_errors("reward_model", path, REWARDS_ACCEPTED):
-            file, _ = locate_file(path, reward.file, source["revision"])
-            model, image_processor = reward.load(file, model_source, base)
-            tokenizer = AutoTokenizer.from_pretrained(**base)
-        head = model._modules.pop("head", None)  # stays in fp32
-        model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
-        if head is not None:
-            model.head = head.requires_grad_(False).to(device)
-        scorers[source["name"]] = Scorer(reward, model, tokenizer, image_processor, source)
-    return scorers
+def load_reward(source, device, dtype):
+    """The `Scorer` of what `find_reward` gives; raises `UserError` if it cannot be loaded."""
+    reward, path = REWARDS.get(source["name"], Reward()), source["reward_model"]
+    own = {"pretrained_model_name_or_path": path, "revision": source["revision"]}
+    base = {"pretrained_model_name_or_path": source["reward_processor"], "revision": source["processor_revision"]}
+    with explain_errors("reward_model", path, REWARDS_ACCEPTED):
+        file, _ = locate_file(path, reward.file, source["revision"])
+        model, image_processor = reward.load(file, own, base)
+        tokenizer = AutoTokenizer.from_pretrained(**base)
+    head = model._modules.pop("head", None)  # stays in fp32
+    model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
+    if head is not None:
+        model.head = head.requires_grad_(False).to(device)
+    return Scorer(reward, model, tokenizer, image_processor, source)
 
 
 # ---- Scores ---------------------------------------------------------------------------------------------------------
@@ -752,11 +750,12 @@ def load_rewards(sources, device, dtype):
 
 def load_scorers(device, args):
     """What scores, `{reward: Scorer}`; its `source` has all that tells its scores from another's."""
-    scorers = load_rewards([find_reward(*named) for named in args.reward_model.items()], device, args.dtype)
+    named = args.reward_model.items()
+    scorers = {name: load_reward(find_reward(name, path), device, args.dtype) for name, path in named}
     for scorer in scorers.values():
         paths = [scorer.source["reward_model"], scorer.source["reward_processor"]]
         files = [locate("reward_model", path).identity for path in paths if os.path.exists(path)]
-        scorer.source.update(files=files, image_processor=scorer.preprocessing, dtype=args.dtype)
+        scorer.source.update(files=files, image_processor=repr(scorer.image_processor), dtype=args.dtype)
     return scorers
 
 
@@ -1129,7 +1128,7 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("reward model").add_argument
     text = f"Reward models, each {REWARDS_ACCEPTED}."
-    add("--reward_model", nargs="+", default=["pickscore"], help=text)
+    add("--reward_model", type=reward_name, nargs="+", default=["pickscore"], help=text)
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", **path, required=True, help="Folder for images, scores and tables.")

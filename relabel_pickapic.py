@@ -22,10 +22,9 @@
 #     "datasets>=3.6.0",
 #     "pyarrow>=17.0",
 #     "pillow>=10.1",
-#     "matplotlib",
 # ]
 # ///
-"""Scores preference pairs with reward models, once, and writes the soft preference of each into a small Parquet file.
+"""Scores preference pairs with a reward model, once, and writes the soft preference of each into a small Parquet file.
 
     accelerate launch relabel_pickapic.py --dataset_name PICKAPIC_V2 --split train --output_path labels.parquet
 
@@ -35,13 +34,13 @@ the soft preference of a pair, alpha / gamma in SmPO-Diffusion (https://arxiv.or
 
     r' = (r - min) / (max - min)        soft_label_0 = exp(r'_0) / (exp(r'_0) + exp(r'_1)) = sigmoid(r'_0 - r'_1)
 
-With several reward models r' is the weighted mean of theirs. PickScore has the range of the published labels of
-Pick-a-Pic v2, so labels do not depend on the subset; others have the range of all scored images, or what is given.
+PickScore has the range of the published labels of Pick-a-Pic v2, so labels do not depend on the subset; others have
+the range of all scored images, or what is given.
 
 The file has a row for each row of the data set, in its order, and no images: the keys of the pair (`image_0_uid`,
-`image_1_uid`, `ranking_id`), the human `label_0`, the raw `score_0` and `score_1` (of several models `score_0_NAME`,
-`score_1_NAME`), `soft_label_0`, `valid` and, where that is false, `invalid_reason`. Its metadata say, as JSON under
-`smpo_labels`, which model at which revision scored what, the ranges, and the counts. A picture of them lies beside it.
+`image_1_uid`, `ranking_id`), the human `label_0`, the raw `score_0` and `score_1`, `soft_label_0`, `valid` and, where
+that is false, `invalid_reason`. Its metadata say, as JSON under `smpo_labels`, which model at which revision scored
+what, the range, and the counts.
 
 Each (image, caption) is scored where it first occurs. The rows are cut into pieces, the pieces dealt to the processes
 and their workers, and each finished piece is written whole into a folder beside the output (labels.scores/HASH, the
@@ -84,7 +83,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, find_executable_batch_size, parse_flag_from_env
 from datasets import load_dataset_builder, load_from_disk
 from huggingface_hub import CommitOperationAdd, HfApi
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers import (
@@ -110,6 +108,10 @@ PIL_BACKEND = (
 )
 LABEL_KEYS = ["image_0_uid", "image_1_uid", "ranking_id"]  # the columns of a labels file that name a pair
 REASONS = ["no caption", "not a readable image", "not finite"]  # why a pair has no label, as parts of `invalid_reason`
+FOLDERS_ACCEPTED = (
+    "a folder with images in `preferred` and others of the same names in `rejected`, and their captions in a"
+    " `metadata.csv` (file_name,caption) or as NAME.txt beside the preferred ones"
+)
 DATASET_ACCEPTED = "a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder"
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would also start Ghostscript for PostScript
 MAX_PIXELS = 50_000_000  # of an image; a small file can hold more than memory does
@@ -118,43 +120,36 @@ MAX_PARTS = 8  # pieces of a row group, however large it is, as each is read fro
 READ_BUFFER = 8 * 2**20  # bytes fetched of one column at a time
 NUM_READERS = 16  # threads that read what is small of many files
 LABELS_ROW_GROUP = 65_536  # rows; a reader of few rows goes by the page index
+OWN_ROW_GROUP = 64  # pairs, with their images
 MERGE_TIMEOUT = timedelta(days=7)  # how long a process waits at the end for a slower one
 
 
 # ---- The maths ------------------------------------------------------------------------------------------------------
 
 
-def soft_label(score_0, score_1, score_min, score_max, weights=1.0):
+def soft_label(score_0, score_1, score_min, score_max):
     """P(image 0 is preferred), alpha / gamma of SmPO-Diffusion seen from image 0.
 
     `sigmoid(r'_0 - r'_1)` with `r' = (score - score_min) / (score_max - score_min)`: the softmax over the two scores
     after global min-max normalisation, outside of whose range nothing is clamped.
 
     Args:
-        score_0, score_1: raw rewards of the two images: numbers or arrays `[P]`, of K rewards `[K, P]`; NaN gives NaN.
-        score_min, score_max: the range of the raw reward over all scored images, of K rewards `[K]`.
-        weights: of K rewards `[K]`, not negative; their sum does not matter. Equal by default.
+        score_0, score_1: raw rewards of the two images: numbers or arrays `[P]`; NaN gives NaN.
+        score_min, score_max: the range of the raw reward over all scored images.
 
     Returns:
         float64 tensor in (0, 1), a scalar or `[P]`.
 
     Raises:
-        ValueError: a range is empty or not finite, or the weights are negative or all zero.
+        ValueError: the range is empty or not finite.
 
     >>> soft_label([0.24, 0.21], [0.22, 0.21], score_min=0.12, score_max=0.28)  # gaps of 0.02 / 0.16 and 0
     tensor([0.5312, 0.5000], dtype=torch.float64)
-    >>> soft_label([[0.24], [0.9]], [[0.22], [0.5]], [0.12, 0.0], [0.28, 1.0])  # two rewards, gaps of 0.125 and 0.4
-    tensor([0.5653], dtype=torch.float64)
     """
-    score_min, score_max, weights = np.broadcast_arrays(*(np.float64(v) for v in (score_min, score_max, weights)))
-    if not (np.isfinite(score_min) & np.isfinite(score_max) & (score_min < score_max)).all():
+    if not -math.inf < score_min < score_max < math.inf:
         raise ValueError(f"score_min must be less than score_max, got {score_min} and {score_max}.")
-    if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
-        raise ValueError(f"weights must not be negative, and one must be positive, got {weights}.")
     score_0, score_1 = (torch.as_tensor(score, dtype=torch.float64) for score in (score_0, score_1))
-    scale = torch.as_tensor(weights / weights.sum() / (score_max - score_min))
-    gap = score_0 - score_1
-    return torch.sigmoid(torch.tensordot(scale, gap, dims=1) if scale.ndim else scale * gap)
+    return torch.sigmoid((score_0 - score_1) / (score_max - score_min))
 
 
 def first_places(*keys):
@@ -227,39 +222,20 @@ def decode_image(data, folders, side=None):
         raise ValueError(f"not a readable image ({type(error).__name__}: {text})") from error
 
 
-def without_secrets(name):
-    """A path or Hub name as it is, a URL without user, password and query."""
-    return re.sub(r"(?<=://)[^/]*@|[?#].*", "", name) if "://" in name else name
-
-
-def public_name(name):
-    """What others may read of a Hub name, a URL or a path: no password, no folder of this machine."""
-    local = os.path.isabs(name) or os.path.exists(name) or name.endswith(".parquet")
-    return Path(name).resolve().name if local and "://" not in name else without_secrets(name)
-
-
 class ParquetShards:
     """Rows of Parquet files, read where they lie: paths, or URLs that fsspec knows (`hf://`).
 
-    `row_groups` holds the numbers of rows of each file, `sizes` bytes. Raises `UserError` with all that are not whole.
+    `row_groups` holds the numbers of rows of each file, `sizes` bytes. Raises `UserError` if a file is not whole.
     """
 
     def __init__(self, files):
         def footer(path):
-            try:
-                with self.open(path) as file:
-                    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-                    return file.schema_arrow, [g.num_rows for g in groups], [g.total_byte_size for g in groups]
-            except (OSError, pa.ArrowException) as error:
-                return error
+            with explain_errors("dataset_name", path, "whole Parquet files: fetch it again"), self.open(path) as file:
+                groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+                return file.schema_arrow, [g.num_rows for g in groups], [g.total_byte_size for g in groups]
 
         with ThreadPoolExecutor(NUM_READERS) as pool:
-            footers = list(pool.map(footer, files))
-        bad = [f"{without_secrets(p)}: {found}" for p, found in zip(files, footers) if isinstance(found, Exception)]
-        if bad:
-            found = f"{len(bad)} of {len(files)} Parquet files cannot be read, the rest can:"
-            raise UserError("\n".join([found, *bad, "Fetch them again."]))
-        schemas, self.row_groups, self.sizes = zip(*footers)
+            schemas, self.row_groups, self.sizes = zip(*pool.map(footer, files))
         shared = [field for field in schemas[0] if all(field.name in schema.names for schema in schemas)]
         self.files, self.schema = files, pa.schema(shared, schemas[0].metadata)
 
@@ -319,18 +295,20 @@ def open_data(args):
     Raises `UserError` if it cannot be read or is empty, lacks a column or has one of a wrong type.
     """
     name, split, commit, files = args.dataset_name, args.dataset_split_name, None, []
-    with explain_errors("dataset_name", f"{without_secrets(name)} --dataset_split_name {split}", DATASET_ACCEPTED):
+    with explain_errors("dataset_name", f"{name} --dataset_split_name {split}", DATASET_ACCEPTED):
         if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
             data = load_from_disk(name)
-            if isinstance(data, datasets.DatasetDict) and split not in data:
-                raise ValueError(f"it has the splits {', '.join(data)}")
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+            if isinstance(data, datasets.DatasetDict):
+                if split not in data:
+                    raise ValueError(f"it has the splits {', '.join(data)}")
+                data = data[split]
         else:
-            is_parquet = name.endswith(".parquet")
-            if Path(name).is_file() and not is_parquet:
-                raise ValueError("it is a file and not Parquet: pandas or `datasets` can write it as such")
-            source = {"path": "parquet", "data_files": {split: name}} if is_parquet else {"path": name}
-            builder = load_dataset_builder(**source)
+            if name.endswith(".parquet"):
+                builder = load_dataset_builder("parquet", data_files={split: name})
+            elif Path(name).is_file():
+                raise ValueError("it is a file, and none named .parquet: pandas converts others")
+            else:
+                builder = load_dataset_builder(name)
             files = list((builder.config.data_files or {}).get(split, []))
             commit = next(iter(re.findall("@([0-9a-f]{40})/", " ".join(files))), None)
             files = files if builder.name == "parquet" else []
@@ -401,6 +379,7 @@ BLIP_NAMES = {  # the same of BLIP's image encoder; its text encoder has the sam
 VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 BLIP_VISION = BlipVisionConfig(**VIT_L, image_size=224, layer_norm_eps=1e-6)
 BLIP_TEXT = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 PADDED = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}  # tokens
 CLIP_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")  # repository and commit
 CLIP_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
@@ -425,16 +404,14 @@ class SquareProcessor(NamedTuple):
         if self.pad:
             width, height = (max(1, round(end * (size / max(ends)))) for end in ends)
             left, top = (size - width) // 2, (size - height) // 2
-            image = torch.from_numpy(np.array(images)).permute(2, 0, 1)[None] / 255
-            image = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
-            pixels = torch.zeros(1, 3, size, size)
-            pixels[:, :, top : top + height, left : left + width] = image
+            pixels = torch.from_numpy(np.array(images)).permute(2, 0, 1)[None] / 255
+            pixels = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
         else:
             width, height = (int(size * end / min(ends)) for end in ends)
-            left, top = round((width - size) / 2), round((height - size) / 2)
-            image = images.resize((width, height), Image.Resampling.BICUBIC)
-            image = image.crop((left, top, left + size, top + size))
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+            left, top = -round((width - size) / 2), -round((height - size) / 2)
+            image = np.array(images.resize((width, height), Image.Resampling.BICUBIC))
+            pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+        pixels = torch.nn.functional.pad(pixels, (left, size - width - left, top, size - height - top))  # or crops
         mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
         return {"pixel_values": (pixels - mean) / std}
 
@@ -571,7 +548,7 @@ REWARDS_ACCEPTED = (
 
 
 class Scorer(NamedTuple):
-    """A reward model, frozen and on its device; those of the same `preprocessing` look at the same pixels."""
+    """A reward model, frozen and on its device."""
 
     reward: Reward
     model: torch.nn.Module
@@ -579,60 +556,59 @@ class Scorer(NamedTuple):
     image_processor: Any  # makes `pixel_values` of an image, in any process
     source: dict  # of `find_reward`, and what else tells its scores from another's
 
-    @property
-    def preprocessing(self):
-        return repr(self.image_processor)
-
     def score(self, pixel_values, texts):
         """Raw scores of N images `[N, 3, H, W]` by their texts: fp32 `[N]`."""
         return self.reward.score(self.model, self.tokenizer, pixel_values, texts)
 
 
-def locate_file(name, file, revision=None):
-    """Path of a file, of this name or in a folder or Hub repository of it, and the commit of that repository."""
-    path = name if os.path.isfile(name) else cached_file(name, file, revision=revision)
-    return path, None if os.path.exists(name) else Path(path).parent.name
+def reward_name(text):
+    """An argparse type: of what --reward_model takes, the name of a published one in place of its repository."""
+    return next((name for name, reward in REWARDS.items() if text == reward.model), text)
 
 
-def find_reward(name, path, revision=None):
-    """Where the reward model NAME=PATH lies, and at which commits, as `load_rewards` takes it; NAME=NAME is published.
+def locate_file(path, file, revision=None):
+    """Where a file lies, which is `path` or in this folder or Hub repository, and the commit of the repository."""
+    found = path if os.path.isfile(path) else cached_file(path, file, revision=revision)
+    return found, None if os.path.exists(path) else Path(found).parent.name
+
+
+def find_reward(name, path):
+    """Where the reward model NAME=PATH lies, and at which commits, as `load_reward` takes it; NAME=NAME is published.
 
     If no tokenizer lies at PATH, that and all else that a checkpoint lacks is what the published one goes with; for
     other names than those of `REWARDS` it is PickScore's. Raises `UserError` if something is not there.
     """
-    reward, published = REWARDS.get(name, Reward()), name == path and name in REWARDS
+    reward, published, commit = REWARDS.get(name, Reward()), name == path and name in REWARDS, None
     if published:
-        path, revision = reward.model, revision or reward.revision
+        path, commit = reward.model, reward.revision
+    base, base_commit = reward.base, reward.base_revision
     with explain_errors("reward_model", path, REWARDS_ACCEPTED):
-        _, commit = locate_file(path, reward.file, revision)
-        base, base_commit = reward.base, reward.base_revision
+        _, commit = locate_file(path, reward.file, commit)
         if not published and not os.path.isfile(path):
-            own = cached_file(
-                path, "tokenizer_config.json", revision=commit, _raise_exceptions_for_missing_entries=False
-            )  # None if it has none; a connection that fails is an error, not another tokenizer
-            base, base_commit = (path, commit) if own is not None else (base, base_commit)
-    source = {"name": name, "reward_model": path, "revision": commit}
-    source |= {"reward_processor": base, "processor_revision": base_commit}
-    return source | {"label_range": reward.label_range if published else None}
+            # None is found if it has none; a connection that fails is an error, not another tokenizer.
+            optional = {"revision": commit, "_raise_exceptions_for_missing_entries": False}
+            if any(cached_file(path, file, **optional) for file in TOKENIZER_FILES):
+                base, base_commit = path, commit
+    return {
+        "name": name, "reward_model": path, "revision": commit, "reward_processor": base,
+        "processor_revision": base_commit, "label_range": reward.label_range if published else None,
+    }  # fmt: skip
 
 
-def load_rewards(sources, device, dtype):
-    """`{name: Scorer}` of what `find_reward` gives; raises `UserError` if one cannot be loaded."""
-    scorers = {}
-    for source in sources:
-        reward, path = REWARDS.get(source["name"], Reward()), source["reward_model"]
-        model_source = {"pretrained_model_name_or_path": path, "revision": source["revision"]}
-        base = {"pretrained_model_name_or_path": source["reward_processor"], "revision": source["processor_revision"]}
-        with explain_errors("reward_model", path, REWARDS_ACCEPTED):
-            file, _ = locate_file(path, reward.file, source["revision"])
-            model, image_processor = reward.load(file, model_source, base)
-            tokenizer = AutoTokenizer.from_pretrained(**base)
-        head = model._modules.pop("head", None)  # stays in fp32
-        model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
-        if head is not None:
-            model.head = head.requires_grad_(False).to(device)
-        scorers[source["name"]] = Scorer(reward, model, tokenizer, image_processor, source)
-    return scorers
+def load_reward(source, device, dtype):
+    """The `Scorer` of what `find_reward` gives; raises `UserError` if it cannot be loaded."""
+    reward, path = REWARDS.get(source["name"], Reward()), source["reward_model"]
+    own = {"pretrained_model_name_or_path": path, "revision": source["revision"]}
+    base = {"pretrained_model_name_or_path": source["reward_processor"], "revision": source["processor_revision"]}
+    with explain_errors("reward_model", path, REWARDS_ACCEPTED):
+        file, _ = locate_file(path, reward.file, source["revision"])
+        model, image_processor = reward.load(file, own, base)
+        tokenizer = AutoTokenizer.from_pretrained(**base)
+    head = model._modules.pop("head", None)  # stays in fp32
+    model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
+    if head is not None:
+        model.head = head.requires_grad_(False).to(device)
+    return Scorer(reward, model, tokenizer, image_processor, source)
 
 
 # ---- Scoring piece by piece. The place of an image in the data set is 2 row + side ----------------------------------
@@ -665,17 +641,17 @@ def cut_pieces(row_groups):
 
 
 class PieceImages(torch.utils.data.IterableDataset):
-    """What the reward models take of pieces; each worker reads and prepares pieces of its own.
+    """What the reward model takes of pieces; each worker reads and prepares pieces of its own.
 
     Yields dicts, of up to `batch_size` pairs each and never of two pieces, so that a score does not depend on where an
     earlier run was stopped: the `piece`; int64 `hashes` and `problems`, text or None, of all their images; and of
     those that are wanted and readable the `places`, counted from the first of the dict, the `captions`, and the
-    `pixels`, `{preprocessing: [N, 3, H, W]}`. If a file breaks off, there is only an `error`.
+    `pixels` `[N, 3, H, W]`. If a file breaks off, there is only an `error`.
     """
 
-    def __init__(self, shards, pieces, wanted, captions, batch_size, image_processors, args):
+    def __init__(self, shards, pieces, wanted, captions, batch_size, image_processor, args):
         self.shards, self.pieces, self.wanted, self.captions = shards, pieces, wanted, captions
-        self.batch_size, self.image_processors, self.args = batch_size, image_processors, args
+        self.batch_size, self.image_processor, self.args = batch_size, image_processor, args
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -688,12 +664,12 @@ class PieceImages(torch.utils.data.IterableDataset):
                     yield {"piece": piece, **self.prepare(images, slice(start, start + len(images)))}
                     start += len(images)
             except (OSError, pa.ArrowException) as error:
-                file = without_secrets(self.shards.files[piece.shard])
+                file = self.shards.files[piece.shard]
                 yield {"error": f"{file} breaks off in the row group {piece.group}: {error}"}
 
     def prepare(self, images, span):
         folders, places = image_folders(self.args.dataset_name), []
-        problems, pixels = [None] * len(images), defaultdict(list)
+        problems, pixels = [None] * len(images), []
         for place in np.flatnonzero(self.wanted[span]):
             try:
                 image = decode_image(images[place], folders)
@@ -701,15 +677,14 @@ class PieceImages(torch.utils.data.IterableDataset):
                 problems[place] = str(error)
                 continue
             places.append(place)
-            for key, processor in self.image_processors.items():
-                values = processor(images=image, return_tensors="pt")["pixel_values"][0]
-                pixels[key].append(values.to(getattr(torch, self.args.dtype)))
+            values = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+            pixels.append(values.to(getattr(torch, self.args.dtype)))
         return {
             "hashes": np.array([hash_of(data) for data in images]),
             "problems": problems,
             "places": np.array(places, dtype=np.int64),
             "captions": self.captions[span][places].tolist(),
-            "pixels": {key: torch.stack(values) for key, values in pixels.items()},
+            "pixels": torch.stack(pixels) if pixels else None,
         }
 
 
@@ -745,7 +720,7 @@ def write_whole(path, write):
         raise UserError(f"{path} cannot be written: {error}. {advice}") from error
 
 
-def score_pieces(batch_size, paths, wanted, captions, shards, rewards, args):
+def score_pieces(batch_size, paths, wanted, captions, shards, scorer, args):
     """Scores the wanted images of the pieces in `{piece: path}` that are not written yet; each is when it is finished.
 
     `wanted` says which images of the data set to score, bool `[2 P]`; `captions` are `[2 P]` texts.
@@ -753,9 +728,8 @@ def score_pieces(batch_size, paths, wanted, captions, shards, rewards, args):
     state = PartialState()
     pieces = [piece for piece, path in paths.items() if not path.exists()]
     num_workers = min(args.dataloader_num_workers, len(pieces))
-    image_processors = {reward.preprocessing: reward.image_processor for reward in rewards.values()}
     loader = torch.utils.data.DataLoader(
-        PieceImages(shards, pieces, wanted, captions, batch_size, image_processors, args),
+        PieceImages(shards, pieces, wanted, captions, batch_size, scorer.image_processor, args),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=1 if num_workers else None,
@@ -769,12 +743,11 @@ def score_pieces(batch_size, paths, wanted, captions, shards, rewards, args):
             logger.error(batch["error"], main_process_only=False)
             continue
         piece, places = batch["piece"], batch["places"].numpy()
-        columns = {"hash": batch["hashes"].numpy(), "problem": pa.array(batch["problems"], pa.string())}
-        for name, reward in rewards.items():
-            scores = np.full(len(batch["hashes"]), np.nan, dtype=np.float32)
-            if len(places):
-                scores[places] = reward.score(batch["pixels"][reward.preprocessing], batch["captions"]).cpu()
-            columns[f"score_{name}"] = scores
+        scores = np.full(len(batch["hashes"]), np.nan, dtype=np.float32)
+        if len(places):
+            scores[places] = scorer.score(batch["pixels"], batch["captions"]).cpu()
+        problems = pa.array(batch["problems"], pa.string())
+        columns = {"hash": batch["hashes"].numpy(), "problem": problems, "score": scores}
         bar.update(len(places))
         under_way[piece].append(pa.table(columns))
         if sum(map(len, under_way[piece])) == 2 * (piece.stop - piece.start):
@@ -784,8 +757,8 @@ def score_pieces(batch_size, paths, wanted, captions, shards, rewards, args):
     logger.info(f"{bar.n} images scored in {bar.format_dict['elapsed']:.1f} s, {batch_size} pairs at a time.")
 
 
-def score_together(prefix, pieces, wanted, captions, shards, sources, folder, args):
-    """`score_pieces` with all processes, each a share of the pieces: frame of their `hash`, `problem` and scores.
+def score_together(prefix, pieces, wanted, captions, shards, source, folder, args):
+    """`score_pieces` with all processes, each a share of the pieces: frame of their `hash`, `problem` and `score`.
 
     Its index are the places. Raises `UserError` if files break off.
     """
@@ -793,11 +766,11 @@ def score_together(prefix, pieces, wanted, captions, shards, sources, folder, ar
     paths = {piece: folder / f"{prefix}-{piece.start:09d}.parquet" for piece in pieces}
     mine = {piece: paths[piece] for piece in pieces[state.process_index :: state.num_processes]}
     if not all(path.exists() for path in mine.values()):
-        rewards = load_rewards(sources, state.device, args.dtype)
+        scorer = load_reward(source, state.device, args.dtype)
         score_as_fits = find_executable_batch_size(score_pieces, args.batch_size)
-        score_as_fits(mine, wanted, captions, shards, rewards, args)
+        score_as_fits(mine, wanted, captions, shards, scorer, args)
     state.wait_for_everyone()
-    missing = [without_secrets(shards.files[piece.shard]) for piece, path in paths.items() if not path.exists()]
+    missing = [shards.files[piece.shard] for piece, path in paths.items() if not path.exists()]
     if missing:
         head = "Files that could not be read to the end, see above:"
         advice = f"All else is scored and kept in {folder}: fetch them again, and start the same command again."
@@ -806,8 +779,8 @@ def score_together(prefix, pieces, wanted, captions, shards, sources, folder, ar
     return found.set_index(np.concatenate([np.arange(len(wanted))[piece.places] for piece in pieces]))
 
 
-def score_data_set(rows, shards, sources, folder, args):
-    """Scores P pairs: frame `[2 P]` of `problem`, text or missing, and `score_NAME`, number or NaN.
+def score_data_set(rows, shards, source, folder, args):
+    """Scores P pairs: frame `[2 P]` of `problem`, text or missing, and `score`, number or NaN.
 
     A place has the score of the first one with the same uid, caption and bytes. Where uid and caption first occur is
     scored first, and after that what proves to have other bytes.
@@ -818,7 +791,7 @@ def score_data_set(rows, shards, sources, folder, args):
     uid = pd.factorize(np.stack(uids, axis=1).ravel())[0]
     place = np.arange(len(uid))
     uid = np.where(uid < 0, -1 - place, uid)  # no uid: an image of its own
-    pieces, common = cut_pieces(shards.row_groups), (captions, shards, sources, folder, args)
+    pieces, common = cut_pieces(shards.row_groups), (captions, shards, source, folder, args)
 
     wanted = (first_places(uid, caption) == place) & (caption >= 0)
     found = score_together("piece", pieces, wanted, *common)
@@ -835,10 +808,10 @@ def score_data_set(rows, shards, sources, folder, args):
 # ---- The folder of a run, which a stopped one goes on with ----------------------------------------------------------
 
 
-def output_paths(args):
-    """The labels file, the folder for the scores of runs until their labels are finished, and the picture."""
-    path = Path(args.output_path)
-    return path, path.with_suffix(".scores"), path.with_suffix(".png")
+def files_of(path):
+    """Names, sizes and times of the files of a folder, or of one; none if there is nothing at the path."""
+    paths = [Path(path), *sorted(Path(path).rglob("*"))]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in paths if file.is_file()]
 
 
 def read_rows(shards, args):
@@ -853,120 +826,87 @@ def read_rows(shards, args):
 
 
 def start_run(shards, commit, args):
-    """The folder for the scores of this run, its rows (`read_rows`), and its reward models (`find_reward`).
+    """The folder for the scores of this run, its rows (`read_rows`), and its reward model (`find_reward`).
 
     The folder's name is a hash of all that scores depend on: a run that goes on finds its pieces, and takes the reward
-    models at the commits of its start; another one finds nothing.
+    model at the commit of its start; another one finds nothing. Raises `UserError` if the model has other files now,
+    or if there are finished labels of another run.
     """
     run = [None, None, None]
     if PartialState().is_main_process:
-        rows, parent = read_rows(shards, args), output_paths(args)[1]
-        facts = [commit, shards.row_groups, shards.sizes, args.image_columns, args.dtype]
-        facts += [args.reward_model, args.reward_model_revision]
+        rows, labels_path = read_rows(shards, args), Path(args.output_path)
+        facts = [commit, shards.row_groups, shards.sizes, args.image_columns, args.dtype, args.reward_model]
         digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8)
         names = rows.select([*LABEL_KEYS[:2], "caption"]).to_pandas()
         digest.update(pd.util.hash_pandas_object(names, index=False).to_numpy())
-        folder = parent / digest.hexdigest()
+        folder = labels_path.with_suffix(".scores") / digest.hexdigest()
         path = folder / "run.json"
         if path.exists():
             logger.info(f"Going on with the run in {folder}.")
+            source = json.loads(path.read_text())
+            model = source["reward_model"]
+            if files_of(model) not in ([], source["files"]):  # when all is scored, none are needed
+                found = f"--reward_model {model} has other files than when the run in {folder} began"
+                raise UserError(f"{found}. Put them back, or remove that folder to score everything anew.")
         else:
-            named = zip(args.reward_model.items(), args.reward_model_revision)
-            rewards = [find_reward(*source, revision) for source, revision in named]
-            for other in parent.glob("*/run.json"):
-                logger.warning(f"{other.parent} holds the scores of a run with other data, models or flags.")
+            if labels_path.exists():
+                raise UserError(f"--output_path: {labels_path} exists. Move it away, or write another file.")
+            for other in folder.parent.glob("*/run.json"):
+                logger.warning(f"{other.parent} holds the scores of a run with other data, another model or flags.")
+            name, equals, model = args.reward_model.partition("=")
+            if not equals or "/" in name:  # a path may have an = of its own
+                name = model = args.reward_model
+            source = find_reward(name, os.path.expanduser(model))
+            source["files"] = files_of(source["reward_model"])
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda file: file.write(json.dumps(rewards).encode()))
-        run = [folder, rows, json.loads(path.read_text())]
+            write_whole(path, lambda file: file.write(json.dumps(source).encode()))
+        run = [folder, rows, source]
     return broadcast_object_list(run)
 
 
-def remove_run(folder):
-    """Removes the folder of a run, and the one around it if that holds nothing else."""
-    shutil.rmtree(folder)
-    if not any(folder.parent.iterdir()):
-        folder.parent.rmdir()
+# ---- Labels and their upload ------------------------------------------------------------------------------------------
 
 
-# ---- Labels, and what goes with them: a copy with images, a picture, an upload --------------------------------------
+def public_name(name, commit):
+    """A name on the Hub; of a path or URL, which have no commit, its last part: no password, no folder."""
+    return name if commit else re.sub("[?#].*", "", Path(name).absolute().name)
 
 
-def score_columns(names):
-    """`{name: (column of image 0, column of image 1)}` in a labels file."""
-    if len(names) == 1:
-        return {name: ("score_0", "score_1") for name in names}
-    return {name: (f"score_0_{name}", f"score_1_{name}") for name in names}
+def make_labels(found, rows, source, commit, args):
+    """The labels file of P pairs as a table; `found` is of `score_data_set`. Its metadata say all that led to it.
 
-
-def raw_labels(found, rows, sources, commit, args):
-    """Everything of a labels file but the soft label, as a table, and its metadata; `found` is of `score_data_set`."""
-    labels = {name: rows[name] for name in rows.column_names if name != "caption"}
-    for name, columns in score_columns(args.reward_model).items():
-        for side, column in enumerate(columns):
-            scores = found[f"score_{name}"].to_numpy()[side::2]
-            labels[column] = pa.array(scores, mask=~np.isfinite(scores))
-    finite = np.isfinite(found.drop(columns=["hash", "problem"])).all(axis=1)
+    Raises `UserError` if there are not two different scores.
+    """
+    scores = found["score"].to_numpy()
+    finite = np.isfinite(scores)
     problems = found["problem"].where(found["problem"].notna() | finite, "the score is not finite")
     problems = [f"image {i % 2}: {text}" if isinstance(text, str) else None for i, text in enumerate(problems)]
     reasons = ["; ".join(filter(None, pair)) or None for pair in zip(problems[::2], problems[1::2])]
     reasons = pa.array(np.where(rows["caption"].is_valid(), reasons, REASONS[0]), pa.string())
+    bad = reasons.drop_null().to_pylist()
+
+    seen, published = np.unique(scores[finite]).tolist(), source["label_range"]
+    if not seen or not (args.score_range or published or len(seen) > 1):
+        found = f"{finite.sum()} of {len(scores)} images have a score, {len(seen)} different ones"
+        why = f"Reasons: {pd.Series(bad).value_counts().head(3).to_dict()}"
+        raise UserError(f"{found}: at least two are needed. Check --image_columns. {why}.")
+    low, high = args.score_range or published or (seen[0], seen[-1])
+    range_from = "the command line" if args.score_range else "published labels" if published else "the scores"
+    label = soft_label(scores[::2], scores[1::2], low, high).numpy().astype(np.float32)
+    labels = {name: rows[name] for name in rows.column_names if name != "caption"}
+    labels |= {f"score_{i}": pa.array(scores[i::2], mask=~finite[i::2]) for i in (0, 1)}
+    labels["soft_label_0"] = pa.array(label, mask=~np.isfinite(label))
     labels |= {"valid": reasons.is_null(), "invalid_reason": reasons}
-    paths = ("reward_model", "reward_processor")
-    rewards = [
-        {key: public_name(text) if key in paths else text for key, text in source.items()} for source in sources
-    ]
-    metadata = {"rewards": rewards, "dataset_name": public_name(args.dataset_name), "dataset_revision": commit}
-    metadata |= {name: getattr(args, name) for name in ("dataset_split_name", "dtype")}
-    metadata |= {"num_rows": len(rows), "transformers": transformers.__version__, "pillow": PIL.__version__}
-    return pa.table(labels), metadata
 
-
-def read_raw_labels(args):
-    """What `raw_labels` returns, from the file --scores_from; raises `UserError` if it has none, or other rewards."""
-    with explain_errors("scores_from", args.scores_from, "a labels file of this script"):
-        table = pq.read_table(args.scores_from)
-        metadata = json.loads((table.schema.metadata or {}).get(b"smpo_labels", b"{}"))
-        if "rewards" not in metadata:
-            raise ValueError(f"its metadata lack smpo_labels, its columns are {', '.join(table.column_names)}")
-    count = len(metadata["rewards"])
-    for name in ("reward_weights", "score_min", "score_max"):
-        if len(getattr(args, name) or metadata["rewards"]) != count:
-            found = f"{len(getattr(args, name))} values, and {args.scores_from} the scores of {count} reward models"
-            raise UserError(f"--{name} has {found}: give one for each.")
-    return table.drop_columns(["soft_label_0"]), metadata
-
-
-def add_soft_labels(table, metadata, args):
-    """The labels file of raw scores: with `soft_label_0`, and all that led to it in its metadata.
-
-    Raises `UserError` if there are not two different scores under a reward.
-    """
-    scores, ranges = [], []
-    reasons = table["invalid_reason"].to_pandas().dropna()
-    for k, (name, columns) in enumerate(score_columns([reward["name"] for reward in metadata["rewards"]]).items()):
-        sides = np.stack([table[column].to_numpy().astype(np.float64) for column in columns])
-        finite, published = sides[np.isfinite(sides)], metadata["rewards"][k].get("label_range")
-        if not len(finite) or (args.score_min is None and not published and finite.min() == finite.max()):
-            found = f"{len(finite)} of {sides.size} images have a score by {name}, {len(set(finite))} different ones"
-            why = f"Reasons: {reasons.value_counts().head(3).to_dict()}"
-            raise UserError(f"{found}: at least two are needed. Check --image_columns. {why}.")
-        scores.append(sides)
-        low, high = published or (float(finite.min()), float(finite.max()))
-        ranges.append((low, high) if args.score_min is None else (args.score_min[k], args.score_max[k]))
-    weights = args.reward_weights or [1.0] * len(ranges)
-    label = soft_label(*np.stack(scores, axis=1), *np.transpose(ranges), weights).numpy().astype(np.float32)
-    label = pa.array(label, mask=~np.isfinite(label))
-    table = table.add_column(table.column_names.index("valid"), "soft_label_0", label)
-    for reward, (low, high), weight in zip(metadata["rewards"], ranges, weights):
-        range_from = "published labels" if reward.get("label_range") else "the scores"
-        range_from = range_from if args.score_min is None else "the command line"
-        reward.update(score_min=low, score_max=high, weight=weight / sum(weights), range_from=range_from)
-    metadata.update(
-        num_valid=len(table) - len(reasons),
-        num_invalid=len(reasons),
-        invalid={kind: sum(kind in reason for reason in reasons) for kind in REASONS},
-    )
-    return table.replace_schema_metadata({"smpo_labels": json.dumps(metadata)})
+    metadata = {"dataset_name": public_name(args.dataset_name, commit), "dataset_revision": commit}
+    for name, revision in (("reward_model", "revision"), ("reward_processor", "processor_revision")):
+        metadata |= {name: public_name(source[name], source[revision]), revision: source[revision]}
+    metadata |= {"dataset_split_name": args.dataset_split_name, "dtype": args.dtype}
+    metadata |= {"score_min": low, "score_max": high, "range_from": range_from}
+    metadata |= {"num_rows": len(rows), "num_valid": len(rows) - len(bad), "num_invalid": len(bad)}
+    metadata["invalid"] = {kind: sum(kind in reason for reason in bad) for kind in REASONS}
+    metadata |= {"transformers": transformers.__version__, "pillow": PIL.__version__}
+    return pa.table(labels, metadata={"smpo_labels": json.dumps(metadata)}), metadata
 
 
 def write_labels(labels, path):
@@ -978,37 +918,25 @@ def write_labels(labels, path):
     write_whole(path, lambda file: file.write(data.getbuffer()))
 
 
-def report(labels, metadata, picture_path):
-    """Logs and draws what is worth knowing of the labels before training on them."""
-    frame = labels.to_pandas()
-    label = frame["soft_label_0"].dropna().astype(float)
-    logger.info(f"{metadata['num_valid']} of {len(frame)} pairs are labelled. Not labelled: {metadata['invalid']}.")
-    low, median, high = (2 * label - 1).abs().quantile([0.1, 0.5, 0.9])
-    logger.info(f"|2 soft_label_0 - 1|, 10 %, median, 90 %: {low:.4f}, {median:.4f}, {high:.4f}")
+def report(labels, metadata):
+    """Logs what is worth knowing of the labels before training on them."""
+    logger.info(json.dumps(metadata, indent=2))
+    frame = labels.filter(labels["valid"]).to_pandas()
+    ends = np.quantile(np.abs(2 * frame["soft_label_0"] - 1), [0.1, 0.5, 0.9])
+    logger.info("|2 soft_label_0 - 1|, 10 %, median, 90 %: {:.4f}, {:.4f}, {:.4f}".format(*ends))
     if "label_0" in frame:
-        decided = frame[frame["valid"] & frame["label_0"].notna() & (frame["label_0"] != 0.5)]
+        decided = frame[frame["label_0"].notna() & (frame["label_0"] != 0.5)]
         agreement = ((decided["soft_label_0"] > 0.5) == (decided["label_0"] > 0.5)).mean()
         logger.info(f"The label agrees with people on {agreement:.1%} of the {len(decided)} pairs that they decided.")
 
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, columns in score_columns([reward["name"] for reward in metadata["rewards"]]).items():
-        scores = frame[[*columns]].dropna().astype(float)  # fp32 has no bins between near values
-        left.hist(scores[columns[0]] - scores[columns[1]], bins=61, histtype="step", label=name)
-    left.set(title="Score gaps", xlabel="score of image 0 - score of image 1", ylabel="pairs")
-    left.legend()
-    right.hist(label, bins=61, color="tab:green")
-    right.set(title=f"Soft labels of {len(label):,} pairs", xlabel="soft_label_0, P(image 0 is preferred)")
-    write_whole(picture_path, lambda file: figure.savefig(file, format="png", dpi=120))
 
-
-def upload(path, picture_path, metadata, args):
-    """Uploads labels, picture and a card; raises `UserError` if that fails."""
-    split = metadata["dataset_split_name"]
-    data_files = [{"split": split, "path": path.name}]
+def upload(path, metadata, args):
+    """Uploads labels and a card; raises `UserError` if that fails."""
+    split = args.dataset_split_name
+    configs = [{"config_name": "default", "data_files": [{"split": split, "path": path.name}]}]
     card = f"""---
 tags: [smpo, preference, text-to-image]
-configs: {json.dumps([{"config_name": "default", "data_files": data_files}])}
+configs: {json.dumps(configs)}
 ---
 
 # Soft preference labels
@@ -1016,14 +944,11 @@ configs: {json.dumps([{"config_name": "default", "data_files": data_files}])}
 `{path.name}`: P(image 0 is preferred) of each pair of `{metadata["dataset_name"]}`, split `{split}`,
 for SmPO-Diffusion (https://arxiv.org/abs/2506.02698).
 
-![distribution]({picture_path.name})
-
 ```json
 {json.dumps(metadata, indent=2)}
 ```
 """
-    files = {"README.md": card.encode(), path.name: path, picture_path.name: picture_path}
-    operations = [CommitOperationAdd(name, file) for name, file in files.items()]
+    operations = [CommitOperationAdd("README.md", card.encode()), CommitOperationAdd(path.name, path)]
     repo, hub = {"repo_id": args.hub_dataset_id or path.stem, "repo_type": "dataset"}, HfApi()
     try:
         repo["repo_id"] = hub.create_repo(**repo, private=not args.hub_public, exist_ok=True).repo_id
@@ -1034,36 +959,75 @@ for SmPO-Diffusion (https://arxiv.org/abs/2506.02698).
     logger.info(f"Uploaded to {repo['repo_id']}.")
 
 
+# ---- Pairs of one's own ---------------------------------------------------------------------------------------------
+
+
+def write_own_pairs(folder, path):
+    """Makes a data set of two folders, in Pick-a-Pic's columns: image 0 is preferred, a uid is the hash of its bytes.
+
+    Raises `UserError` with images that lack a partner or a caption.
+    """
+    preferred, rejected = (
+        {image.name: image for image in folder.glob(f"{side}/[!.]*") if image.suffix != ".txt"}
+        for side in ("preferred", "rejected")
+    )
+    texts = {name: image.with_suffix(".txt") for name, image in preferred.items()}
+    captions = {name: text.read_text("utf-8").strip() for name, text in texts.items() if text.exists()}
+    if (folder / "metadata.csv").exists():
+        with explain_errors("pairs_from", folder / "metadata.csv", FOLDERS_ACCEPTED):
+            captions |= dict(pd.read_csv(folder / "metadata.csv", dtype=str)[["file_name", "caption"]].dropna().values)
+    alone, mute = preferred.keys() ^ rejected.keys(), preferred.keys() - captions.keys()
+    if alone or mute or not preferred:
+        found = f"{len(preferred)} preferred images; in one folder only: {sorted(alone)}; no caption: {sorted(mute)}"
+        raise UserError(f"--pairs_from {folder} has {found}. Accepted: {FOLDERS_ACCEPTED}.")
+    if path.exists():
+        raise UserError(f"--output_path: {path} exists. Move it away, or write another file.")
+    rows = []
+    for number, name in enumerate(sorted(preferred)):
+        images = [side[name].read_bytes() for side in (preferred, rejected)]
+        keys = dict(zip(LABEL_KEYS, [*(hashlib.sha256(image).hexdigest() for image in images), number]))
+        rows.append({"jpg_0": images[0], "jpg_1": images[1], "caption": captions[name]})
+        rows[-1] |= {"label_0": 1.0, **keys}
+    write_whole(path, lambda file: pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=OWN_ROW_GROUP))
+
+
 # ---- Command line and run -------------------------------------------------------------------------------------------
 
 
-def positive_int(text):
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
-    return value
+def checked(kind, fits, accepted):
+    """An argparse type: a number of a kind that fits, or else an error that says what is accepted."""
+
+    def parse(text):
+        try:
+            if math.isfinite(float(text)) and fits(kind(text)):
+                return kind(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be {accepted}, got {text}")
+
+    return parse
 
 
-def named_sources(values, flag, taken, problems):
-    """`{name: path}` of a flag's values, PATH or NAME=PATH; what is wrong with them is added to the problems."""
-    sources = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not equals or "/" in name:  # a path may have an = of its own
-            name, path = Path(value).name.removesuffix(".safetensors"), value
-        if not re.fullmatch(r"[\w.-]+", name) or name in taken or name in sources:
-            problems.append(
-                f"--{flag} {value}: {name!r} cannot name it, as it is taken or has other characters than letters,"
-                " digits, '.', '_' and '-'. Give NAME=PATH."
-            )
-        sources[name] = path
-    return sources
+int_from_1 = checked(int, lambda value: value > 0, "a whole number above 0")
+int_from_0 = checked(int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more, of 63 bits")
+finite = checked(float, lambda value: True, "a finite number")
+
+
+def nonempty(text):
+    """An argparse type: a text that is not empty, with ~ for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: is the variable set that it comes from?")
+    return os.path.expanduser(text)
 
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description="Writes the soft preference of each pair of a data set.")
-    add = parser.add_argument_group("data", "Give one of --dataset_name and --scores_from.").add_argument
-    add("--dataset_name", type=os.path.expanduser, help=f"Data set: {DATASET_ACCEPTED}.")
+    group = parser.add_argument_group("data")
+    add = group.add_mutually_exclusive_group(required=True).add_argument
+    add("--dataset_name", type=nonempty, help=f"Data set: {DATASET_ACCEPTED}.")
+    text = f"Write a data set, without soft labels, of your own pairs: {FOLDERS_ACCEPTED}."
+    add("--pairs_from", type=nonempty, help=text)
+    add = group.add_argument
     add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
     add("--streaming", action="store_true", help="Read a data set on the Hub in place, not downloaded first.")
     add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")
@@ -1071,85 +1035,52 @@ def parse_args(input_args=None):
     text = "What names images 0 and 1, and the comparison if known."
     add("--key_columns", nargs="+", default=LABEL_KEYS, help=text)
     add("--human_label_column", default="label_0", help="In {0, 0.5, 1}; ties are left out. May be missing.")
-    add("--scores_from", type=os.path.expanduser, help="Labels file whose raw scores to give new ranges or weights.")
 
     add = parser.add_argument_group("reward model").add_argument
-    text = f"Reward models, each {REWARDS_ACCEPTED}."
-    add("--reward_model", nargs="+", default=["pickscore"], help=text)
-    add("--reward_model_revision", nargs="+", help="Revision of each reward model on the Hub.")
-    add("--reward_weights", type=float, nargs="+", help="Weight of each reward in the label. Default: all equal.")
-    text = "Default: the published one of pickscore, of others that of the scores."
-    add("--score_min", type=float, nargs="+", help=f"Lower end of each reward's range. {text}")
-    add("--score_max", type=float, nargs="+", help=f"Upper end of each reward's range. {text}")
+    text = f"Reward model: {REWARDS_ACCEPTED}."
+    add("--reward_model", type=reward_name, default="pickscore", help=text)
+    text = "Range of the raw reward. Default: the published one of pickscore, of others that of the scores."
+    add("--score_range", nargs=2, type=finite, metavar=("MIN", "MAX"), help=text)
 
     add = parser.add_argument_group("memory and speed").add_argument
     text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
     add("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
-    add("--batch_size", type=positive_int, default=64, help="Pairs at a time; fewer where they do not fit.")
-    add("--dataloader_num_workers", type=int, help="Processes that read images. Default: the cores, shared out.")
+    add("--batch_size", type=int_from_1, default=64, help="Pairs at a time; fewer where they do not fit.")
+    text = "Processes that read images. Default: the cores, shared out."
+    add("--dataloader_num_workers", type=int_from_0, help=text)
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_path", type=os.path.expanduser, required=True, help="Parquet file to write. It must not exist.")
+    add("--output_path", type=nonempty, required=True, help="Parquet file to write. It must not exist.")
     add("--push_to_hub", action="store_true", help="Upload what was written to a data set repository.")
     add("--hub_dataset_id", help="Repository to upload to. Default: the name of --output_path.")
     add("--hub_public", action="store_true", help="Make a new repository public, not private.")
 
     args = parser.parse_args(input_args)
-    resolve(args, parser.get_default)
+    resolve(args)
     return args
 
 
-def resolve(args, default_of):
-    """Fills in the defaults that depend on other flags, and turns --reward_model into `{name: path}`.
-
-    Raises `UserError` with every problem that the flags together show, one a line, before anything is loaded.
-    """
-    problems = []
-    of_labels = {"dataset_name", "scores_from", "output_path", "reward_weights", "score_min", "score_max"}
-    of_labels |= {"push_to_hub", "hub_dataset_id", "hub_public"}
-    idle = [name for name in vars(args) if name not in of_labels and getattr(args, name) != default_of(name)]
-    if bool(args.dataset_name) == bool(args.scores_from):
-        problems.append("Give the pairs with one of --dataset_name and --scores_from.")
-    if args.scores_from and idle:
-        problems.append(f"--{', --'.join(idle)}: without meaning for --scores_from, where nothing is read or scored.")
-    if args.scores_from and not Path(args.scores_from).is_file():
-        problems.append(f"--scores_from {args.scores_from} is not a file: give one that this script has written.")
-    path, folder, picture_path = output_paths(args)
-    if path.suffix != ".parquet":
-        problems.append(f"--output_path must end in .parquet, got {path}.")
-    # Labels are there, and the command is accepted again, after an upload that failed.
-    may_exist = path.exists() and (any(folder.glob("*/run.json")) or (args.scores_from and args.push_to_hub))
-    existing = [file for file in (path, picture_path) if file.exists() and not may_exist]
-    if existing:
-        problems.append(f"--output_path: {existing[0]} exists. Move it away, or write another file.")
-    if (args.hub_dataset_id or args.hub_public) and not args.push_to_hub:
-        problems.append("--hub_dataset_id and --hub_public do nothing without --push_to_hub.")
-    if len(args.key_columns) not in (2, 3):
-        problems.append(f"--key_columns takes two or three columns, got {' '.join(args.key_columns)}.")
-
-    args.reward_model = named_sources(args.reward_model, "reward_model", [], problems)
-    args.reward_model = {name: os.path.expanduser(model) for name, model in args.reward_model.items()}
-    count = len(args.reward_model)
-    for name in ("reward_model_revision", "reward_weights", "score_min", "score_max"):
-        values = getattr(args, name)
-        if values is not None and not args.scores_from and len(values) != count:
-            problems.append(f"--{name} has {len(values)} values for {count} reward models: give one for each.")
-    if (args.score_min is None) != (args.score_max is None):
-        problems.append("--score_min and --score_max need each other: give both or neither.")
-    for low, high in zip(args.score_min or [], args.score_max or []):
-        if not -math.inf < low < high < math.inf:
-            problems.append(f"--score_min {low} must be less than --score_max {high}, and both finite.")
-    weights = args.reward_weights or [1]
-    if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
-        problems.append(f"--reward_weights must not be negative, and one must be positive, got {weights}.")
+def resolve(args):
+    """Checks what no type does, and counts the workers; raises `UserError` with a line for each problem."""
+    low, high = args.score_range or (0, 1)
+    checks = [
+        (not args.output_path.endswith(".parquet"), f"--output_path must end in .parquet, got {args.output_path}."),
+        (low >= high, f"--score_range must be a MIN and a larger MAX, got {low} {high}."),
+        (
+            (args.hub_dataset_id or args.hub_public) and not args.push_to_hub,
+            "--hub_dataset_id and --hub_public do nothing without --push_to_hub.",
+        ),
+        (
+            len(args.key_columns) not in (2, 3),
+            f"--key_columns takes two or three columns, got {' '.join(args.key_columns)}.",
+        ),
+    ]
+    problems = [sentence for wrong, sentence in checks if wrong]
+    if problems:
+        raise UserError("\n".join(problems))
     if args.dataloader_num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.dataloader_num_workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if args.dataloader_num_workers < 0:
-        problems.append(f"--dataloader_num_workers must not be negative, got {args.dataloader_num_workers}.")
-    if problems:
-        raise UserError("\n".join(problems))
-    args.reward_model_revision = args.reward_model_revision or [None] * count
 
 
 def main(args):
@@ -1157,30 +1088,29 @@ def main(args):
     state = PartialState(cpu=on_cpu, timeout=MERGE_TIMEOUT)
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     args.dtype = args.dtype or ("float32" if state.device.type == "cpu" else "float16")
-    path, _, picture_path = output_paths(args)
+    path = Path(args.output_path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UserError(f"--output_path {path} cannot be written ({error}): name another file.") from error
-    if args.scores_from:
-        labels, metadata = read_raw_labels(args)
-    else:
-        shards, commit = open_data(args)
-        folder, rows, sources = start_run(shards, commit, args)
-        found = score_data_set(rows, shards, sources, folder, args)
-        labels, metadata = raw_labels(found, rows, sources, commit, args)
-    labels = add_soft_labels(labels, metadata, args)
+    if args.pairs_from is not None:
+        write_own_pairs(Path(args.pairs_from), path)
+        return
+    shards, commit = open_data(args)
+    folder, rows, source = start_run(shards, commit, args)
+    found = score_data_set(rows, shards, source, folder, args)
+    labels, metadata = make_labels(found, rows, source, commit, args)
     state.wait_for_everyone()
     if not state.is_main_process:
         return
     write_labels(labels, path)
-    report(labels, metadata, picture_path)
-    logger.info(f"{path}: {json.dumps(metadata, indent=2)}")
+    report(labels, metadata)
     if args.push_to_hub:
-        upload(path, picture_path, metadata, args)
-    if not args.scores_from:
-        remove_run(folder)
+        upload(path, metadata, args)
+    shutil.rmtree(folder)
+    if not any(folder.parent.iterdir()):  # of other runs
+        folder.parent.rmdir()
 
 
 if __name__ == "__main__":

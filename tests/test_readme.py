@@ -1,7 +1,6 @@
 """What the documents show works: command lines, configuration, snippets, flags, metrics and links are held against the code."""
 
 import importlib
-import math
 import os
 import re
 import shlex
@@ -10,15 +9,13 @@ import subprocess
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import rounds
 import run_ablation
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT, TINY, relabel, train, train_sdxl
-from PIL import Image
+from conftest import ROOT, TINY, train, train_sdxl
 from test_siblings import SCRIPTS, parser_of, script_parser
 
 
@@ -144,23 +141,6 @@ def test_the_slurm_script(signalled, tmp_path):
             assert re.search(pattern, worker)
         for other in ("python /opt/bin/accelerate launch train_smpo_sd15.py", "bash job.sh"):
             assert not re.search(pattern, other)
-
-
-def test_own_pairs(tmp_path, monkeypatch):
-    """The snippet's file is labelled and trained on by the scripts as they are."""
-    monkeypatch.chdir(tmp_path)
-    for color, name in (("red", "left.jpg"), ("green", "right.jpg"), ("blue", "other.png")):
-        Image.new("RGB", (80, 64), color).save(name)
-    (snippet,) = (block for block in blocks("python") if "pq.write_table" in block)
-    exec(snippet, {})
-    relabel(dataset_name="my_pairs.parquet", output_path="labels.parquet")
-    labels = pq.read_table("labels.parquet")
-    assert labels["valid"].to_pylist() == [True, True]
-    assert labels["image_0_uid"][0] == labels["image_0_uid"][1] != labels["image_1_uid"][1]
-    flags = {"rank": 2, "max_train_steps": 1, "train_batch_size": 2, "num_inversion_steps": 1, "gamma": 1}
-    for labels in ({"labels_path": "labels.parquet"}, {"labels_path": None, "label_column": "label_0"}):
-        logs = train("-".join(labels), dataset_name="my_pairs.parquet", **labels, **flags)
-        assert logs["skipped_pairs"] == [0] and logs["loss"][0] == pytest.approx(math.log(2))
 
 
 def test_loading_what_was_trained(sdxl, tmp_path, monkeypatch):

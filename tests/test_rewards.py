@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, relabel
+from conftest import ROOT, TINY, relabel, write_pairs
 from PIL import Image
 from random_checkpoint import TEXTS, images, tensor
 from test_evaluate import evaluate, read_table
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertTokenizer,
     BlipTextConfig,
@@ -92,37 +93,44 @@ def small(cache, monkeypatch):
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text |= {"vocab_size": len(REFERENCE["imagereward"]["vocab"]) + 2, "encoder_hidden_size": 48}
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(cache), raising=False)  # of transformers 4
     for module in SCRIPTS:
         monkeypatch.setattr(module, "BLIP_VISION", BlipVisionConfig(**{**module.BLIP_VISION.to_dict(), **vision}))
         monkeypatch.setattr(module, "BLIP_TEXT", BlipTextConfig(**{**module.BLIP_TEXT.to_dict(), **text}))
 
 
+def scorer_of(name, path=None, dtype="float32"):
+    return script.load_reward(script.find_reward(name, str(path or name)), "cpu", dtype)
+
+
 @pytest.mark.parametrize("name", ["hpsv2.1", "imagereward", "aesthetic"])
 def test_scores_are_those_of_the_original_package(name, small):
-    (scorer,) = script.load_rewards([script.find_reward(name, name)], "cpu", "float32").values()
+    scorer = scorer_of(name)
     pixels = [scorer.image_processor(images=image, return_tensors="pt")["pixel_values"] for image in images()]
     scores = scorer.score(torch.cat(pixels), TEXTS).numpy()
     np.testing.assert_allclose(scores, REFERENCE[name]["scores"], rtol=0, atol=1e-5)
 
 
-def test_labels_of_all_published_rewards(small, tmp_path):
-    """The whole command, by names alone: scores are the rewards', pins are used, PickScore has its published range."""
-    relabel(reward_model=list(script.REWARDS), output_path=tmp_path / "labels.parquet")
-    labels = pq.read_table(tmp_path / "labels.parquet")
-    rewards = {reward["name"]: reward for reward in json.loads(labels.schema.metadata[b"smpo_labels"])["rewards"]}
-    for name, reward in script.REWARDS.items():
-        assert rewards[name]["reward_model"] == reward.model and rewards[name]["revision"] == reward.revision
-        base = (rewards[name]["reward_processor"], rewards[name]["processor_revision"])
-        assert base == (reward.base, reward.base_revision)
-        scores = np.stack([labels[f"score_{side}_{name}"].to_numpy() for side in (0, 1)])
-        ends = reward.label_range or (np.nanmin(scores), np.nanmax(scores))
-        assert (rewards[name]["score_min"], rewards[name]["score_max"]) == ends
-    assert rewards["pickscore"]["range_from"] == "published labels" and rewards["clip"]["range_from"] == "the scores"
-
-    relabel(reward_model=f"mine={TINY / 'pickscore'}", output_path=tmp_path / "path.parquet")
-    by_path = pq.read_table(tmp_path / "path.parquet")
-    assert by_path["score_0"].equals(labels["score_0_pickscore"])
-    assert json.loads(by_path.schema.metadata[b"smpo_labels"])["rewards"][0]["range_from"] == "the scores"
+@pytest.mark.parametrize("name", script.REWARDS)
+def test_labels_of_a_published_reward(name, small, tmp_path):
+    """The whole command, by a name or the repository: pins are used, PickScore has its published range."""
+    reward, path = script.REWARDS[name], tmp_path / "labels.parquet"
+    pairs = write_pairs(tmp_path / "pairs.parquet")
+    relabel(dataset_name=pairs, reward_model=name, output_path=path, dataloader_num_workers=0)
+    assert (
+        script.parse_args(
+            f"--dataset_name x --output_path x.parquet --reward_model {reward.model}".split()
+        ).reward_model
+        == name
+    )
+    labels = pq.read_table(path)
+    metadata = json.loads(labels.schema.metadata[b"smpo_labels"])
+    assert [metadata["reward_model"], metadata["revision"]] == [reward.model, reward.revision]
+    assert [metadata["reward_processor"], metadata["processor_revision"]] == [reward.base, reward.base_revision]
+    scores = np.stack([labels[f"score_{side}"].to_numpy() for side in (0, 1)])
+    ends = reward.label_range or (scores.min(), scores.max())
+    assert (metadata["score_min"], metadata["score_max"]) == ends
+    assert metadata["range_from"] == ("published labels" if name == "pickscore" else "the scores")
 
 
 def test_an_evaluation_by_all_published_rewards(small, tmp_path):
@@ -135,8 +143,8 @@ def test_an_evaluation_by_all_published_rewards(small, tmp_path):
         name: reward.revision for name, reward in script.REWARDS.items()
     }
     rows = read_table(tmp_path / "scores.csv")
-    scorers = script.load_rewards([script.find_reward(name, name) for name in names], "cpu", "float32")
-    for name, scorer in scorers.items():
+    for name in names:
+        scorer = scorer_of(name)
         files = [Image.open(tmp_path / row["image"]).convert("RGB") for row in rows]
         pixels = torch.cat([scorer.image_processor(image, return_tensors="pt")["pixel_values"] for image in files])
         scores = script.REWARDS[name].scale * scorer.score(pixels, [row["prompt"] for row in rows])
@@ -160,7 +168,7 @@ def test_a_published_reward_from_a_folder_or_file(cache, small, tmp_path):
     whole = script.find_reward("aesthetic", str(tmp_path / "all"))
     assert whole["reward_processor"] == str(tmp_path / "all") and whole["revision"] is None
     pixels = torch.rand(2, 3, 32, 32)
-    first, second = (script.load_rewards([found], "cpu", "float32")["aesthetic"] for found in (source, whole))
+    first, second = (scorer_of("aesthetic", path) for path in (head, tmp_path / "all"))
     assert torch.equal(first.score(pixels, ["", ""]), second.score(pixels, ["", ""]))
 
 
@@ -175,12 +183,27 @@ def test_other_weights_are_refused(name, weights, message, small, tmp_path):
     with pytest.raises(
         script.UserError, match=f"(?s)--reward_model {re.escape(str(file))} cannot be loaded.*{message}"
     ):
-        script.load_rewards([script.find_reward(name, str(file))], "cpu", "float32")
+        scorer_of(name, file)
 
 
-def test_a_reward_that_is_nowhere(tmp_path):
+def test_a_reward_that_is_nowhere():
     with pytest.raises(script.UserError, match="(?s)--reward_model /no/folder .*Accepted: pickscore, hpsv2.1"):
         script.find_reward("imagereward", "/no/folder")
+
+
+@pytest.mark.parametrize("own", ["", "tokenizer.json", "tokenizer_config.json"])
+def test_a_model_with_a_tokenizer_prepares_images_its_own_way(own, small, tmp_path):
+    """One that has none is prepared for as PickScore is."""
+    shutil.copytree(
+        TINY / "pickscore", tmp_path / "model", ignore=shutil.ignore_patterns("*token*", "*vocab*", "*merg*")
+    )
+    if own:
+        AutoTokenizer.from_pretrained(TINY / "pickscore").save_pretrained(tmp_path / "words")
+        for name in {own, "tokenizer.json"}:
+            shutil.copy(tmp_path / "words" / name, tmp_path / "model")
+    source = script.find_reward("model", str(tmp_path / "model"))
+    assert source["reward_processor"] == (str(tmp_path / "model") if own else script.CLIP_H[0])
+    assert scorer_of("model", tmp_path / "model").score(torch.rand(1, 3, 64, 64), ["a red circle"]).isfinite().all()
 
 
 @pytest.mark.parametrize("pad", [False, True])
@@ -202,10 +225,7 @@ def test_image_reward_has_the_sizes_of_the_original():
 @pytest.mark.parametrize("name", ["aesthetic", "imagereward"])
 def test_a_head_is_not_rounded(name, small):
     """Its weights in half precision are those in fp32; those of the network before it are not."""
-    half, full = (
-        script.load_rewards([script.find_reward(name, name)], "cpu", dtype)[name].model
-        for dtype in ("bfloat16", "float32")
-    )
+    half, full = (scorer_of(name, dtype=dtype).model for dtype in ("bfloat16", "float32"))
     for parameter, same in zip(half.head.parameters(), full.head.parameters(), strict=True):
         assert torch.equal(parameter, same)
     assert next(half.parameters()).dtype == torch.bfloat16

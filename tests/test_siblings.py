@@ -57,7 +57,11 @@ DIFFERENT_TRAINING_FLAGS = {
 DIFFERENT_FLAGS = {
     ("hub_public", "help"): "labels in one, a model in the other",
     ("seed", "help"): "seeds a training run in one and images in the other",
-    ("dataset_name", "required"): "prompts may come from a text file, scores from a labels file",
+    ("dataset_name", "required"): "prompts may come from a text file, pairs from two folders",
+    ("reward_model", "nargs"): "labels are of one reward, an evaluation of several",
+    ("reward_model", "default"): "labels are of one reward, an evaluation of several",
+    ("reward_model", "help"): "labels are of one reward, an evaluation of several",
+    ("score_range", "help"): "of the labels in one, of pairs to train on in the other",
     ("output_dir", "help"): "the scripts write different things",
     ("batch_size", "help"): "images to score in one, images to draw in the other",
     ("batch_size", "default"): "drawing an image takes more memory than scoring it",

@@ -53,21 +53,10 @@ NUM_IMAGES = 32  # different ones; their uids say that they are all different
 ROWS_PER_FILE = 512
 ROWS_PER_CAPTION = 16
 LOOP_PAIRS = 64  # the slow loop need not take all
-# Vision tower; text tower; size of the projection.
-MODELS = {
-    # PickScore and HPSv2.1 are this: OpenCLIP's ViT-H/14
-    "clip-h": (
-        {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120},
-        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-        1024,
-    ),
-    "small": (
-        {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024},
-        {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024},
-        256,
-    ),
+MODELS = {  # width, layers and heads of the vision tower, of the text tower; size of the projection, side of a patch
+    "clip-h": ((1280, 32, 16), (1024, 24, 16), 1024, 14),  # PickScore and HPSv2.1 are this: OpenCLIP's ViT-H/14
+    "small": ((256, 6, 4), (256, 6, 4), 256, 32),
 }
-PATCH_SIZES = {"clip-h": 14, "small": 32}
 
 
 def write_model(folder, kind):
@@ -75,11 +64,20 @@ def write_model(folder, kind):
     processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
     processor.image_processor = CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224)
     processor.save_pretrained(folder)
-    text_config = CLIPConfig.from_pretrained(TINY / "pickscore").text_config.to_dict()
-    vision, text, projection_dim = MODELS[kind]
-    vision = {"image_size": 224, "patch_size": PATCH_SIZES[kind], **vision}
+    *towers, projection_dim, patch_size = MODELS[kind]
+    vision, text = (
+        {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+        }
+        for width, layers, heads in towers
+    )
+    vision |= {"image_size": 224, "patch_size": patch_size}
+    text = {**CLIPConfig.from_pretrained(TINY / "pickscore").text_config.to_dict(), **text}
     torch.manual_seed(0)
-    config = CLIPConfig(text_config={**text_config, **text}, vision_config=vision, projection_dim=projection_dim)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection_dim)
     CLIPModel(config).save_pretrained(folder)
 
 
@@ -117,9 +115,7 @@ def score_one_at_a_time(table, model, processor, device):
     """Scores of pairs as they are had without thinking: `[P, 2]`."""
     scores = []
     for row in table.to_pylist():
-        text = processor(text=[row["caption"]], padding=True, truncation=True, max_length=77, return_tensors="pt").to(
-            device
-        )
+        text = processor(text=[row["caption"]], truncation=True, max_length=77, return_tensors="pt").to(device)
         for column in ("jpg_0", "jpg_1"):
             image = Image.open(io.BytesIO(row[column])).convert("RGB")
             pixels = processor(images=[image], return_tensors="pt").to(device)
