@@ -41,7 +41,7 @@ TITLES |= {
     "mix": "rounds, a quarter new pairs, the rest foreign",
     "foreign": "offline, foreign pairs",
 }
-DEFAULT, RELEASED, CHEAPEST, COMMON_RATE = "last_soft", "released_soft", "forward_soft", 5e-5
+PAPER, RELEASED, CHEAPEST, COMMON_RATE = "last_soft", "released_soft", "forward_soft", 5e-5
 NUM_SEEDS, LEVEL = 10, 0.05  # of the rule for the default
 
 
@@ -133,13 +133,13 @@ def over(runs, name, step, steps):
 def rule(runs):
     """What the rule for the default (README.md) says of every row that may become it, and which one does, as Markdown.
 
-    Of two qualities, reward and judge, both count: a row beats the default if it is ahead in both, and is worse if it
+    Of two qualities, reward and judge, both count: a row beats the paper's if it is ahead in both, and is worse if it
     is behind in one.
     """
     calm = runs[(runs["part"] == "calm") & (runs["learning_rate"] == COMMON_RATE)]
     step = calm["step"].max()
     foreign, own = (calm[calm["pairs"] == pairs] for pairs in ("foreign", "own"))
-    ahead, on_own = (over(some, DEFAULT, step, step) for some in (foreign, own))
+    ahead, on_own = (over(some, PAPER, step, step) for some in (foreign, own))
     candidates = ahead.loc[[name for name in ahead.index if name.endswith("_soft") and name != CHEAPEST]]
     whole = candidates["seeds"] >= NUM_SEEDS
     beats = whole & both_ahead(candidates, "holm", "judge_holm")
@@ -156,7 +156,7 @@ def rule(runs):
     if not whole.any() or not rows.isin(worse.index).all():
         return "\n".join([*lines, "", f"**Not decided**: it takes {NUM_SEEDS} seeds, and own pairs of what beats it."])
     rows = [name for name in rows if not worse[name]]
-    decided = DEFAULT if not rows else RELEASED if RELEASED in rows else candidates.loc[rows, "reward"].idxmax()
+    decided = PAPER if not rows else RELEASED if RELEASED in rows else candidates.loc[rows, "reward"].idxmax()
     better = over(foreign[foreign["name"].isin(rows)], decided, step, step)
     better = better[both_ahead(better, "p", "judge_p")]
     decided = better["reward"].idxmax() if len(better) else decided
@@ -216,7 +216,7 @@ def calm_tables(runs):
         cheapest = f"{{}}, {first} steps, over {TITLES[CHEAPEST]}, {last} steps"
         tables |= {
             f"{pairs} pairs": results_table(same),
-            f"{pairs} pairs, equal steps": comparison_table(over(same, DEFAULT, last, last), "{}, over the default"),
+            f"{pairs} pairs, equal steps": comparison_table(over(same, PAPER, last, last), "{}, over the paper's"),
             f"{pairs} pairs, about equal UNet calls": comparison_table(over(same, CHEAPEST, last, first), cheapest),
             f"{pairs} pairs, rate and step by the tuning prompts": results_table(tuned) if len(tuned) else None,
         }
