@@ -81,7 +81,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, find_executable_batch_size, parse_flag_from_env
-from datasets import load_dataset_builder, load_from_disk
+from datasets import load_dataset_builder
 from huggingface_hub import CommitOperationAdd, HfApi
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
@@ -112,7 +112,7 @@ FOLDERS_ACCEPTED = (
     "a folder with images in `preferred` and others of the same names in `rejected`, and their captions in a"
     " `metadata.csv` (file_name,caption) or as NAME.txt beside the preferred ones"
 )
-DATASET_ACCEPTED = "a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder"
+DATASET_ACCEPTED = "a Hub name, a folder, or a Parquet file or glob; `Dataset.to_parquet` writes one"
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would also start Ghostscript for PostScript
 MAX_PIXELS = 50_000_000  # of an image; a small file can hold more than memory does
 PIECE_ROWS = 512  # at most, of a piece, which each worker of a stopped run may have to score again
@@ -180,30 +180,21 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
         raise UserError(f"--{flag} {value} cannot be loaded: {reason}\nAccepted: {accepted}.") from error
 
 
-def image_folders(dataset_name):
-    """Where image files that a row names may lie: in the data set's folder, or where `datasets` keeps downloads."""
-    local = Path(dataset_name)
-    folder = [local if local.is_dir() else local.parent] if local.exists() or local.suffix else []
-    return [path.resolve() for path in (*folder, Path(datasets.config.HF_CACHE_HOME))]
-
-
-def decode_image(data, folders, side=None):
+def decode_image(data, side=None):
     """An RGB image of encoded bytes, or of the `{"bytes", "path"}` that a `datasets.Image` column holds.
 
     It is turned upright by its EXIF orientation; what is transparent becomes white; 16-bit grey becomes 8-bit; of an
     animation it is the first frame. A JPEG is decoded at a half, a quarter or an eighth of its size, which is far
     faster, where both sides stay at least `side` pixels long. A `ValueError` says that it is missing, empty, damaged,
-    in another format than `IMAGE_FORMATS`, larger than `MAX_PIXELS`, or a path outside of `folders`, see
-    `image_folders`.
+    in another format than `IMAGE_FORMATS`, larger than `MAX_PIXELS`, or a path: no row may name a file to be read.
     """
     try:
         if isinstance(data, dict):
-            path, data = data["path"], data["bytes"]
+            data, path = data["bytes"], data["path"]
             if data is None:
-                path = Path(path).resolve()
-                if not path.is_file() or not any(path.is_relative_to(folder) for folder in folders):
-                    raise ValueError(f"{path.name} is no file in the folder of the data set")
-                data = path.read_bytes()
+                raise ValueError(
+                    f"only the path {Path(path).name}: `Dataset.push_to_hub` and our relabelling embed images"
+                )
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if side is not None:
             image.draft(None, (side, side))
@@ -294,29 +285,22 @@ def open_data(args):
 
     Raises `UserError` if it cannot be read or is empty, lacks a column or has one of a wrong type.
     """
-    name, split, commit, files = args.dataset_name, args.dataset_split_name, None, []
+    name, split = args.dataset_name, args.dataset_split_name
     with explain_errors("dataset_name", f"{name} --dataset_split_name {split}", DATASET_ACCEPTED):
-        if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
-            data = load_from_disk(name)
-            if isinstance(data, datasets.DatasetDict):
-                if split not in data:
-                    raise ValueError(f"it has the splits {', '.join(data)}")
-                data = data[split]
+        if name.endswith(".parquet"):
+            builder = load_dataset_builder("parquet", data_files={split: name})
+        elif Path(name).is_file():
+            raise ValueError("it is a file, and none named .parquet: pandas converts others")
         else:
-            if name.endswith(".parquet"):
-                builder = load_dataset_builder("parquet", data_files={split: name})
-            elif Path(name).is_file():
-                raise ValueError("it is a file, and none named .parquet: pandas converts others")
-            else:
-                builder = load_dataset_builder(name)
-            files = list((builder.config.data_files or {}).get(split, []))
-            commit = next(iter(re.findall("@([0-9a-f]{40})/", " ".join(files))), None)
-            files = files if builder.name == "parquet" else []
-            if not files and not args.streaming:
-                builder.download_and_prepare()
-                data = builder.as_dataset(split)
+            builder = load_dataset_builder(name)
+        files = list((builder.config.data_files or {}).get(split, []))
+        commit = next(iter(re.findall("@([0-9a-f]{40})/", " ".join(files))), None)
+        files = files if builder.name == "parquet" else []
         if args.streaming and not files:
             raise ValueError("--streaming reads Parquet files in place, and it has none: leave it out")
+        if not files:
+            builder.download_and_prepare()
+            data = builder.as_dataset(split)
         files = files if args.streaming else datasets.DownloadManager().download(files)
     shards = ParquetShards(files) if files else DatasetShards(data, split)
     if not any(itertools.chain(*shards.row_groups)):
@@ -668,11 +652,10 @@ class PieceImages(torch.utils.data.IterableDataset):
                 yield {"error": f"{file} breaks off in the row group {piece.group}: {error}"}
 
     def prepare(self, images, span):
-        folders, places = image_folders(self.args.dataset_name), []
-        problems, pixels = [None] * len(images), []
+        problems, places, pixels = [None] * len(images), [], []
         for place in np.flatnonzero(self.wanted[span]):
             try:
-                image = decode_image(images[place], folders)
+                image = decode_image(images[place])
             except ValueError as error:
                 problems[place] = str(error)
                 continue
@@ -690,8 +673,7 @@ class PieceImages(torch.utils.data.IterableDataset):
 
 def hash_of(data):
     """64-bit hash of an encoded image, or of the `{"bytes", "path"}` that a `datasets.Image` column holds."""
-    if isinstance(data, dict):
-        data = data["bytes"] if data["bytes"] is not None else str(data["path"]).encode()
+    data = data["bytes"] if isinstance(data, dict) else data
     return int.from_bytes(hashlib.blake2b(data or b"", digest_size=8).digest(), "little", signed=True)
 
 

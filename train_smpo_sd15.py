@@ -103,7 +103,7 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, gather_object
-from datasets import load_dataset, load_from_disk
+from datasets import load_dataset
 from datasets.distributed import split_dataset_by_node
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
@@ -137,7 +137,7 @@ RELEASED_LEVELS = 5  # of the authors' script, its --num_inversion_steps
 VAE_BATCH_SIZE = 8  # images
 VAE_MAY_OVERFLOW = False  # in half precision, where its configuration says `force_upcast`
 
-DATASET_ACCEPTED = "a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder"
+DATASET_ACCEPTED = "a Hub name, a folder, or a Parquet file or glob; `Dataset.to_parquet` writes one"
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would also start Ghostscript for PostScript
 MAX_PIXELS = 50_000_000  # of an image; a small file can hold more than memory does
 LABEL_KEYS = ["image_0_uid", "image_1_uid", "ranking_id"]  # the columns of a labels file that name a pair
@@ -652,17 +652,9 @@ def load_data(flag, args, streaming=False, columns=None):
         options = {"streaming": True, "columns": columns, "batch_size": STREAM_ROWS}
     accepted = "Parquet files, whole ones, for --streaming" if streaming else DATASET_ACCEPTED
     with explain_errors("dataset_name", f"{name} --{flag} {split}", accepted):
-        if flag == "validation_split" and (name.endswith(".parquet") or (Path(name) / "state.json").is_file()):
-            raise ValueError("it is one split, that of the training pairs: give a share, or data with several splits")
-        if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
-            data = load_from_disk(name)
-            if streaming:
-                raise ValueError("it was written by `save_to_disk`")
-            if isinstance(data, datasets.DatasetDict):
-                if split not in data:
-                    raise ValueError(f"it has the splits {', '.join(data)}")
-                data = data[split]
-        elif name.endswith(".parquet"):
+        if name.endswith(".parquet"):
+            if flag == "validation_split":
+                raise ValueError("it is one split, that of the training pairs: give a share, or data with several")
             data = load_dataset("parquet", data_files={split: name}, split=split, **options)
         elif Path(name).is_file():
             raise ValueError("it is a file, and none named .parquet: pandas converts others")
@@ -682,30 +674,21 @@ def read_columns(data, columns, args):
     return pd.concat(list(tqdm(batches, desc="Keys", unit="batch")), ignore_index=True)
 
 
-def image_folders(dataset_name):
-    """Where image files that a row names may lie: in the data set's folder, or where `datasets` keeps downloads."""
-    local = Path(dataset_name)
-    folder = [local if local.is_dir() else local.parent] if local.exists() or local.suffix else []
-    return [path.resolve() for path in (*folder, Path(datasets.config.HF_CACHE_HOME))]
-
-
-def decode_image(data, folders, side=None):
+def decode_image(data, side=None):
     """An RGB image of encoded bytes, or of the `{"bytes", "path"}` that a `datasets.Image` column holds.
 
     It is turned upright by its EXIF orientation; what is transparent becomes white; 16-bit grey becomes 8-bit; of an
     animation it is the first frame. A JPEG is decoded at a half, a quarter or an eighth of its size, which is far
     faster, where both sides stay at least `side` pixels long. A `ValueError` says that it is missing, empty, damaged,
-    in another format than `IMAGE_FORMATS`, larger than `MAX_PIXELS`, or a path outside of `folders`, see
-    `image_folders`.
+    in another format than `IMAGE_FORMATS`, larger than `MAX_PIXELS`, or a path: no row may name a file to be read.
     """
     try:
         if isinstance(data, dict):
-            path, data = data["path"], data["bytes"]
+            data, path = data["bytes"], data["path"]
             if data is None:
-                path = Path(path).resolve()
-                if not path.is_file() or not any(path.is_relative_to(folder) for folder in folders):
-                    raise ValueError(f"{path.name} is no file in the folder of the data set")
-                data = path.read_bytes()
+                raise ValueError(
+                    f"only the path {Path(path).name}: `Dataset.push_to_hub` and our relabelling embed images"
+                )
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if side is not None:
             image.draft(None, (side, side))
@@ -893,9 +876,8 @@ def prepare_pair(pair, soft_label_0, drawn, args):
     caption, size = pair[args.caption_column], args.resolution
     if not isinstance(caption, str):
         raise ValueError(f"{args.caption_column} is {type(caption).__name__}, not a text")
-    folders = image_folders(args.dataset_name)
     # A JPEG twice as large as needed has as much detail after `cut_square` as the whole one.
-    images = [decode_image(pair[column], folders, 2 * size) for column in args.image_columns]
+    images = [decode_image(pair[column], 2 * size) for column in args.image_columns]
     if 2 * min(min(image.size) for image in images) < size:
         warnings.warn(f"Some images are enlarged more than twice to --resolution {size}: lower it.")
     return {

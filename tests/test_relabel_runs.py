@@ -214,10 +214,17 @@ def test_a_run_goes_on_with_another_number_of_processes(server, shards, whole, t
     assert not path.with_suffix(".scores").exists()
 
 
+def write_arrow(folder, table):
+    """A data set that is not Parquet: the folder, with its split `test`."""
+    (folder / "arrow" / "test").mkdir(parents=True)
+    with pa.ipc.new_stream(folder / "arrow" / "test" / "data.arrow", table.schema) as writer:
+        writer.write_table(table)
+    return folder / "arrow"
+
+
 def test_more_processes_than_pieces(server, shards, whole, tmp_path):
     tables = [pq.read_table(path) for path in sorted(shards.parent.iterdir())]
-    datasets.Dataset(pa.concat_tables(tables)).save_to_disk(tmp_path / "saved")
-    args = flags_of(tmp_path / "labels.parquet", dataset_name=tmp_path / "saved")
+    args = flags_of(tmp_path / "labels.parquet", dataset_name=write_arrow(tmp_path, pa.concat_tables(tables)))
     run_several(server, 2, args)
     assert_same_labels(tmp_path / "labels.parquet", whole, atol=1e-6)
 
@@ -267,8 +274,8 @@ def test_labels_are_uploaded(hub, server, tmp_path):
 
 
 def test_streaming_is_for_parquet(tmp_path):
-    datasets.Dataset(pq.read_table(TINY / "pairs" / "test.parquet")).save_to_disk(tmp_path / "saved")
+    saved = write_arrow(tmp_path, pq.read_table(TINY / "pairs" / "test.parquet"))
     with pytest.raises(
-        UserError, match="--dataset_name .*saved .*--streaming reads Parquet files in place, and it has"
+        UserError, match="--dataset_name .*arrow .*--streaming reads Parquet files in place, and it has"
     ):
-        relabel(dataset_name=tmp_path / "saved", streaming=True, output_path=tmp_path / "labels.parquet")
+        relabel(dataset_name=saved, dataset_split_name="test", streaming=True, output_path=tmp_path / "labels.parquet")

@@ -123,7 +123,7 @@ class Bed:
         labels = stored_labels(split)
         trained_on = labels["valid"] & (labels["label_0"] != 0.5)
         table = read_pairs(split)[trained_on]
-        images = [smpo.decode_image(data, []) for column in ("jpg_0", "jpg_1") for data in table[column]]
+        images = [smpo.decode_image(data) for column in ("jpg_0", "jpg_1") for data in table[column]]
         pictures = torch.stack([smpo.cut_square(image, RESOLUTION, mirror=False) for image in images]) / 255
         soft = torch.tensor(labels["soft_label_0"][trained_on].to_numpy(), dtype=pictures.dtype)
         return self.as_pairs(pictures, self.prompts([SCENES[text] for text in table["caption"]]), soft)

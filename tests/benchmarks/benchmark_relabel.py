@@ -135,7 +135,7 @@ def speed(args, folder):
     processor = CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224)
     started = time.perf_counter()
     for _ in range(32):
-        processor(images=relabel_pickapic.decode_image(photo, []), return_tensors="pt")
+        processor(images=relabel_pickapic.decode_image(photo), return_tensors="pt")
     per_image = (time.perf_counter() - started) / 32
 
     script_logger = logging.getLogger("relabel_pickapic")
