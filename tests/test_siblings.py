@@ -65,6 +65,7 @@ DIFFERENT_FLAGS = {
     ("streaming", "help"): "scoring reads files in order, training has to shuffle them",
     ("push_to_hub", "help"): "labels in one, a model in the other",
     ("resolution", "default"): "evaluation serves both models",
+    ("report_to", "default"): "an evaluation's folder has all that trackers would get",
 }
 
 

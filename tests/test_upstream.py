@@ -180,7 +180,7 @@ def test_readme_command_lines_parse(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
-    assert "--dataset_name" in script_parser(script).format_help()
+    assert "--caption_column" in script_parser(script).format_help()
 
 
 @pytest.mark.slow
