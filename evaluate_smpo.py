@@ -37,7 +37,7 @@ higher reward at the same prompt and seed, a tie counting a half; cosines, of Pi
 Intervals are of 95 % and over prompts, as the images of one are not independent. Of several files of prompts each is
 a group with numbers of its own. With --run_dir every checkpoint of a run is a model, and the best is named.
 
-    images/NAME/PROMPT_IMAGE.png   the images; comparison-NAME.png has base beside tuned, from the largest gain to loss
+    images/NAME/SEED-HASH.png      the images; comparison-NAME.png has base beside tuned, from the largest gain to loss
     gallery.html                   all of them with their scores, to be sorted and filtered in a browser
     scores.csv                     their rewards, a line an image; scores/ keeps them, so that none is scored twice
     results.json, results.md       medians, means, win rates over the base (.json: over all), and the best checkpoint
@@ -76,7 +76,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from huggingface_hub import snapshot_download
 from PIL import Image
 from tqdm.auto import tqdm
@@ -382,25 +382,6 @@ def save_text(path, text):
     save_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def open_output(prompts, sources, args):
-    """Makes the output folder; raises `UserError` if the images in it are of other prompts, settings or models."""
-    path = Path(args.output_dir) / "evaluation_args.json"
-    names = "num_images_per_prompt num_inference_steps guidance_scale resolution seed dtype variant".split()
-    record = {f"--{name}": getattr(args, name) for name in names} | {"prompts": digest(prompts)}
-    record |= {f"model {name}": source.identity for name, source in sources.items()}
-    if PartialState().is_main_process:
-        saved = json.loads(path.read_text()) if path.is_file() else {}
-        changed = [key for key in record if saved.get(key, record[key]) != record[key]]
-        if changed:
-            changes = "\n".join(f"{key}: {saved[key]} then, {record[key]} now" for key in changed)
-            raise UserError(
-                f"--output_dir {args.output_dir} holds images of something else:\n{changes}\n"
-                "Give another folder, or delete this one."
-            )
-        save_text(path, json.dumps({**saved, **record}, indent=2))
-    PartialState().wait_for_everyone()
-
-
 class Job(NamedTuple):
     """An image to draw, and a line of scores.csv."""
 
@@ -412,12 +393,17 @@ class Job(NamedTuple):
 
 
 def list_jobs(sources, group_of, args):
-    """The `Job` of every image: model by model, prompt by prompt, and the images of a prompt, all seeds in a row."""
-    count, prompts = args.num_images_per_prompt, enumerate(group_of.items())
-    return [
-        Job(name, prompt, group, args.seed + number * count + i, f"images/{name}/{number:05d}_{i}.png")
-        for name, (number, (prompt, group)), i in itertools.product(sources, prompts, range(count))
-    ]
+    """The `Job` of every image: model by model, prompt by prompt, and the images of a prompt, all seeds in a row.
+
+    All that makes an image is in its file's name, so that none of other weights, prompts or settings passes for it.
+    """
+    jobs, count = [], args.num_images_per_prompt
+    settings = [args.num_inference_steps, args.guidance_scale, args.resolution, args.dtype, args.variant]
+    for name, (number, (prompt, group)), i in itertools.product(sources, enumerate(group_of.items()), range(count)):
+        seed = args.seed + number * count + i
+        facts = [sources["base"].identity, sources[name].identity, prompt, seed, *settings]
+        jobs.append(Job(name, prompt, group, seed, f"images/{name}/{seed:05d}-{digest(facts)}.png"))
+    return jobs
 
 
 def batches(jobs, description, args):
@@ -724,10 +710,9 @@ def load_scorers(device, args):
 
 
 def score_key(job, scorer, args):
-    """What a score is kept under: the image's file with its size and time, and a hash of its prompt and the reward."""
-    status = (Path(args.output_dir) / job.image).stat()
-    facts = [job.prompt, scorer.reward.file, {**scorer.source, "name": None}]  # another name makes no other score
-    return f"{job.image} {status.st_size} {status.st_mtime_ns} {digest(facts)}"
+    """What a score is kept under: the image's file and its time, and a hash of the reward."""
+    facts = [scorer.reward.file, {**scorer.source, "name": None}]  # another name makes no other score
+    return f"{job.image} {(Path(args.output_dir) / job.image).stat().st_mtime_ns} {digest(facts)}"
 
 
 def kept_scores(args):
@@ -954,19 +939,15 @@ show()
 """
 
 
-def hash_of_image(image, args):
-    return hashlib.sha256((Path(args.output_dir) / image).read_bytes()).hexdigest()
-
-
-def blind_name(image, args):
-    """An image's name in blind/, of place and content: it does not tell the model, and is in no other evaluation."""
-    return f"{digest([image, hash_of_image(image, args)])}.png"
+def blind_name(image):
+    """An image's name in blind/: it does not tell the model, and an image of other weights or settings has another."""
+    return f"{digest(image)}.png"
 
 
 def write_blind(table, args):
     """Fills blind/, which can be handed on: a page with base and tuned image of a seed side by side, without names."""
     folder, rng, duels = Path(args.output_dir) / "blind", np.random.default_rng(args.seed), []
-    names = {image: blind_name(image, args) for image in table["image"]}
+    names = {image: blind_name(image) for image in table["image"]}
     base = table[table["model"] == "base"].set_index("seed")["image"]
     for job in table[table["model"] != "base"].itertuples():
         left, right = (names[image] for image in rng.permutation([job.image, base[job.seed]]))
@@ -984,7 +965,7 @@ def write_blind(table, args):
 def read_votes(table, args):
     """A line for each of --votes: the tuned model's `image` and the `base_image`, the `model` and `prompt`, and what
     it has `won`, 1, 0 or, at a tie, 0.5."""
-    jobs = {blind_name(job.image, args): job for job in table.itertuples() if args.votes}
+    jobs = {blind_name(job.image): job for job in table.itertuples() if args.votes}
     votes = []
     for path in args.votes or []:
         with explain_errors("votes", path, "what the page of --blind in this --output_dir has made"):
@@ -1019,8 +1000,9 @@ def couple_images(table, votes, reward, args):
         labelled = votes.groupby(["image", "base_image"], sort=False)["won"].mean().items()
     lines, couples = {line["image"]: line for line in table.to_dict("records")}, []
     for images, share in labelled:
-        labels = zip(images, (share, 1 - share))
-        couple = [lines[image] | {"uid": hash_of_image(image, args), "label": label} for image, label in labels]
+        uids = [hashlib.sha256((Path(args.output_dir) / image).read_bytes()).hexdigest() for image in images]
+        both = zip(images, uids, (share, 1 - share))
+        couple = [lines[image] | {"uid": uid, "label": label} for image, uid, label in both]
         if couple[0]["uid"] != couple[1]["uid"]:
             couples.append(sorted(couple, key=lambda line: line["uid"]))  # which is first says nothing
     return couples
@@ -1184,8 +1166,7 @@ def main(args):
     state = PartialState(cpu=on_cpu, timeout=MERGE_TIMEOUT)
     args.dtype = args.dtype or ("float32" if state.device.type == "cpu" else "float16")
     group_of = load_prompts(args)
-    sources = locate_models(args)
-    open_output(list(group_of), sources, args)
+    (sources,) = broadcast_object_list([locate_models(args)])  # the same commits and times in all processes
     scorers = load_scorers(state.device, args)  # before anything is drawn: they may not be there
     jobs = list_jobs(sources, group_of, args)
     for name in sources:
