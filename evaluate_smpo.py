@@ -119,7 +119,7 @@ NUM_HALVES = 1_000  # ways to split the prompts into two halves
 FEW_PROMPTS = 20  # below them no interval means much
 NUM_COMPARED_PROMPTS = 12
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell, for a spreadsheet
+BEFORE_FORMULA = r"^(?=[=+@\t\r-])"  # in a cell, as a spreadsheet sees it
 MERGE_TIMEOUT = timedelta(days=7)  # how long a process waits at the end for a slower one
 ALL = "all"  # the group of all prompts
 
@@ -198,12 +198,7 @@ def values_of(table, reward):
 
 
 def summarise(table, rewards, seed):
-    """Medians and means of every model, and its win rates over every other one.
-
-    Args:
-        table: of scores.csv, the base first.
-        rewards: which of its columns are scores.
-        seed: of the bootstrap.
+    """Medians and means of every model in a table like scores.csv, and its win rates over every other one.
 
     Returns:
         Dicts with `reward`, `group`, `model`, `num_prompts`, `mean`, `median` and `median_less_base`, and dicts with
@@ -334,8 +329,8 @@ def locate_models(args):
     sources = {"base": locate("pretrained_model_name_or_path", base, args.revision)}
     if sources["base"].kind[0] != "pipeline":
         raise UserError(
-            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Of a single file make"
-            " a folder: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), or ...XLPipeline."
+            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Make one of a single"
+            " file: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), or ...XLPipeline."
         )
     for name, path in args.models.items():
         sources[name] = locate("models", path)
@@ -741,7 +736,7 @@ def score_missing(jobs, description, scorers, args):
                     if not math.isfinite(score):
                         raise UserError(
                             f"{reward} gives {score} to {folder / job.image} ({job.prompt!r}), which ranks nothing. It"
-                            " is damaged, or overflows in float16: then give --dtype float32 and another --output_dir."
+                            " is damaged, or overflows in float16: then give --dtype float32."
                         )
                 found = {keys[job][reward]: scorer.reward.scale * score for job, score in zip(new, scores)}
                 save_text(folder / "scores" / f"{digest(list(found))}.json", json.dumps(found))
@@ -753,11 +748,6 @@ def score_missing(jobs, description, scorers, args):
 def escape_markdown(text):
     r"""A text so that Markdown, and the HTML in it, shows it as it is, `a|b <i>` as `a\|b &lt;i&gt;`."""
     return re.sub(r"([\\`*_\[\]|#!~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
-
-
-def quote_formula(text):
-    """A text with an apostrophe before it if a spreadsheet would take it for a formula."""
-    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
 
 
 def with_ends(row, name, form):
@@ -833,8 +823,8 @@ def write_results(table, votes, sources, scorers, args):
     record |= {"command": sys.argv, "args": vars(args)}
     save_text(folder / "results.json", json.dumps(record, indent=2))
     save_text(folder / "results.md", text)
-    safe = {column: table[column].map(quote_formula, na_action="ignore") for column in ("prompt", "group")}
-    save_text(folder / "scores.csv", table.assign(**safe).to_csv(index=False))
+    texts = table[["prompt", "group"]].replace(BEFORE_FORMULA, "'", regex=True)
+    save_text(folder / "scores.csv", table.assign(**texts).to_csv(index=False))
     gains = gains_over_base(table, rewards)
     write_gallery(table, gains, rewards, args)
     for name in args.models:
@@ -939,15 +929,10 @@ show()
 """
 
 
-def blind_name(image):
-    """An image's name in blind/: it does not tell the model, and an image of other weights or settings has another."""
-    return f"{digest(image)}.png"
-
-
 def write_blind(table, args):
     """Fills blind/, which can be handed on: a page with base and tuned image of a seed side by side, without names."""
     folder, rng, duels = Path(args.output_dir) / "blind", np.random.default_rng(args.seed), []
-    names = {image: blind_name(image) for image in table["image"]}
+    names = {image: f"{digest(image)}.png" for image in table["image"]}  # which do not tell the model
     base = table[table["model"] == "base"].set_index("seed")["image"]
     for job in table[table["model"] != "base"].itertuples():
         left, right = (names[image] for image in rng.permutation([job.image, base[job.seed]]))
@@ -965,7 +950,7 @@ def write_blind(table, args):
 def read_votes(table, args):
     """A line for each of --votes: the tuned model's `image` and the `base_image`, the `model` and `prompt`, and what
     it has `won`, 1, 0 or, at a tie, 0.5."""
-    jobs = {blind_name(job.image): job for job in table.itertuples() if args.votes}
+    jobs = {f"{digest(job.image)}.png": job for job in table.itertuples()}
     votes = []
     for path in args.votes or []:
         with explain_errors("votes", path, "what the page of --blind in this --output_dir has made"):

@@ -234,17 +234,17 @@ def test_images_do_not_depend_on_the_batch(whole, tmp_path):
 
 def test_a_killed_run_goes_on_with_what_it_has(damaged, tmp_path, server):
     """Killed in the midst of the base's images, and of its scores."""
-    flags = evaluation_flags(tmp_path, models=f"damaged={damaged}", max_prompts=8, batch_size=1)
+    flags = evaluation_flags(tmp_path, models=f"damaged={damaged}", max_prompts=4, batch_size=1)
     for done in (lambda: len(images_in(tmp_path)) >= 3, lambda: len(scores_in(tmp_path)) >= 2):
         server.start(flags, module="evaluate_smpo")
         wait_for(done)
         server.end()
         images, scores = images_in(tmp_path), scores_in(tmp_path)
-        assert len(images) < 16 and all(Image.open(tmp_path / path).size == (64, 64) for path in images)
+        assert len(images) < 8 and all(Image.open(tmp_path / path).size == (64, 64) for path in images)
     assert server.run(flags, module="evaluate_smpo") == 0
-    assert images.items() <= images_in(tmp_path).items() and len(images_in(tmp_path)) == 16
+    assert images.items() <= images_in(tmp_path).items() and len(images_in(tmp_path)) == 8
     assert scores.items() <= scores_in(tmp_path).items()
-    assert sum(map(len, scores_in(tmp_path).values())) == 16  # none is scored twice
+    assert sum(map(len, scores_in(tmp_path).values())) == 8  # none is scored twice
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -279,22 +279,26 @@ def test_nothing_is_scored_twice_and_no_other_image_is_mistaken(copy):
 
 
 def test_images_of_something_else_are_not_mistaken(damaged, tmp_path):
-    """What changes is drawn anew, and what is changed back is there already."""
+    """Whatever makes an image, if it changes, makes another file; what does not leaves it."""
     model = shutil.copytree(damaged, tmp_path / "model")
-    flags, count = {"models": f"mine={model}", "max_prompts": 1}, 2
-    first = evaluate(tmp_path / "out", **flags)
-    before = images_in(tmp_path / "out")
-    for change, drawn in [
-        ({"guidance_scale": 2.0}, 2), ({"num_inference_steps": 3}, 2), ({"max_prompts": 2}, 2), ({}, 0),
-        ({"models": [f"mine={TINY / 'sd15'}"]}, 1), ({"models": [f"mine={model}", SAME]}, 1), ({"seed": 1}, 2),
+
+    def images_of(name, **flags):
+        args = parse_args(evaluation_flags(tmp_path, **{"models": f"mine={model}", "dtype": "float32", **flags}))
+        jobs = evaluate_smpo.list_jobs(evaluate_smpo.locate_models(args), load_prompts(args), args)
+        return {job.image for job in jobs if job.model == name}
+
+    base, mine = images_of("base"), images_of("mine")
+    for flag, value in [
+        ("guidance_scale", 2.0), ("num_inference_steps", 3), ("resolution", 32), ("dtype", "bfloat16"), ("seed", 9),
+        ("prompts_path", TINY / "pairs" / "train.parquet"), ("num_images_per_prompt", 2),
+        ("pretrained_model_name_or_path", shutil.copytree(TINY / "sd15", tmp_path / "sd15")),
     ]:  # fmt: skip
-        results = evaluate(tmp_path / "out", **{**flags, **change})
-        count += drawn
-        assert len(images_in(tmp_path / "out")) == count and (results == first or change), change
+        assert len(base & images_of("base", **{flag: value})) <= (flag == "num_images_per_prompt"), flag
+        assert len(mine & images_of("mine", **{flag: value})) <= (flag == "num_images_per_prompt"), flag
+    assert mine == images_of("mine", models=[SAME, f"mine={model}"], batch_size=1) < images_of("mine", max_prompts=4)
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes())  # trained further, say
-    evaluate(tmp_path / "out", **flags)
-    assert before.items() <= images_in(tmp_path / "out").items() and len(images_in(tmp_path / "out")) == count + 1
+    assert not mine & images_of("mine") and base == images_of("base")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
