@@ -292,10 +292,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 def test_two_processes_share_the_work(damaged, tmp_path, server):
     flags = {"models": f"damaged={damaged}", "max_prompts": 5, "batch_size": 2}
     one = evaluate(tmp_path / "one", **flags)
-    args = evaluation_flags(tmp_path / "two", **flags)
+    args = evaluation_flags(tmp_path / "two", report_to="tensorboard", **flags)
     assert server.run(args, module="evaluate_smpo", **TWO_PROCESSES) == 0, server.output()
     assert server.output().count("Images, scores and pictures are in") == 1
     two = read_results(tmp_path / "two")
+    assert read_logs(tmp_path / "two")["pickscore/all/damaged/win_rate"] == [pytest.approx(two["damaged"]["win_rate"])]
     assert two["damaged"]["mean"] == pytest.approx(one["damaged"]["mean"], abs=0.05)
     assert images_in(tmp_path / "one").keys() == images_in(tmp_path / "two").keys()
     assert sorted(len(kept) for kept in scores_in(tmp_path / "two").values()) == [1, 1, 2, 2, 2, 2]  # once each
