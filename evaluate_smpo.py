@@ -977,11 +977,15 @@ def count_votes(votes, seed):
 
 def couple_images(table, votes, reward, args):
     """Couples of lines of scores.csv, dicts that also have a `uid` and the `label`, P(it is preferred): of each prompt
-    the best and the worst image or, with --votes, what people chose between, and the mean of the votes."""
-    scores = table.set_index("image").groupby("prompt", sort=False)[reward]
-    labelled = [((best, worst), 1.0) for best, worst in zip(scores.idxmax(), scores.idxmin())]
+    the best and the worst image (--pairs all: every two) or, with --votes, what people chose between, and the mean of
+    the votes."""
+    labelled = []
     if args.votes:
         labelled = votes.groupby(["image", "base_image"], sort=False)["won"].mean().items()
+    for _, rows in table.groupby("prompt", sort=False) if not args.votes else ():
+        images = rows.sort_values(reward, ascending=False, kind="stable")["image"].tolist()
+        couples = itertools.combinations(images, 2) if args.pairs == "all" else [(images[0], images[-1])]
+        labelled += [(couple, 1.0) for couple in couples]
     lines, couples = {line["image"]: line for line in table.to_dict("records")}, []
     for images, share in labelled:
         uids = [hashlib.sha256((Path(args.output_dir) / image).read_bytes()).hexdigest() for image in images]
@@ -1106,6 +1110,7 @@ def parse_args(input_args=None):
     add("--votes", type=nonempty, nargs="+", help="Files that this page has made: win rates beside the rewards'.")
     text = "Also writes preference pairs to train on, a Parquet file: a prompt's best and worst image by the first"
     add("--pairs_path", type=nonempty, help=f"{text} reward or, with --votes, what people chose between.")
+    add("--pairs", choices=["best_worst", "all"], help="Which two images of a prompt. Default: best_worst.")
     return resolve(parser.parse_args(input_args))
 
 
@@ -1125,6 +1130,8 @@ def resolve(args):
         problems.append("--pairs_path needs two images of a prompt: give --num_images_per_prompt 2 or --models.")
     if run and not steps:
         problems.append(f"--run_dir {run} has no folders named checkpoint-STEP.")
+    if args.pairs and (not pairs or args.votes):
+        problems.append("--pairs does nothing without --pairs_path, or with --votes, which say what is a pair.")
     if pairs and not pairs.endswith(".parquet"):
         problems.append(f"--pairs_path {pairs} must end in .parquet.")
     if pairs and Path(pairs).exists():

@@ -517,9 +517,9 @@ def test_pairs_are_what_training_takes(whole, tmp_path):
 
 
 def test_pairs_of_the_base_alone_and_of_images_that_do_not_differ(tmp_path):
-    pairs, alone = tmp_path / "pairs.parquet", {"models": None, "num_images_per_prompt": 2}
+    pairs, alone = tmp_path / "pairs.parquet", {"models": None, "num_images_per_prompt": 3, "pairs": "all"}
     assert list(evaluate(tmp_path / "out", **alone, pairs_path=pairs)) == ["base"]
-    assert len(pq.read_table(pairs)) == 3
+    assert len(pq.read_table(pairs)) == 3 * 3
     with pytest.raises(UserError, match="--pairs_path .*stays unwritten: of no prompt do two images differ"):
         evaluate(tmp_path / "same", pairs_path=tmp_path / "none.parquet")
     assert not (tmp_path / "none.parquet").exists() and (tmp_path / "same" / "results.md").is_file()
@@ -702,6 +702,7 @@ def test_a_bad_value_is_named(flags, message, tmp_path, capsys):
         ({"models": None, "blind": True, "pairs_path": "x.parquet"}, "Give tuned models with --models"),
         ({"models": None, "pairs_path": "x.parquet"}, "--pairs_path needs two images of a prompt: give --num_images"),
         ({"pairs_path": "pairs.csv"}, "--pairs_path pairs.csv must end in .parquet"),
+        ({"pairs": "all"}, "--pairs does nothing without --pairs_path"),
         ({"models": ["base=x"]}, "'base' cannot name it"),
         ({"models": ["a=x", "a=y"]}, "'a' cannot name it"),
         ({"models": ["mine=/no/such"]}, "(?s)--models /no/such cannot be loaded.*a file or folder that exists"),
