@@ -42,7 +42,7 @@ demo: install  ## labels, training and verdict on the tiny model of tests/tiny
 		--seed $(TRAIN_SEED) $(TRAIN_FLAGS)
 	@printf '\n== Verdict: base and tuned model draw 64 held-out prompts, four images each ==\n\n'
 	$(BIN)/python evaluate_smpo.py --pretrained_model_name_or_path $(TINY)/sd15 --models smpo=$(DEMO)/smpo \
-		--dataset_name $(TINY)/pairs --split test --reward_model $(TINY)/pickscore --resolution 64 \
+		--prompts_path $(TINY)/pairs/test.parquet --reward_model $(TINY)/pickscore --resolution 64 \
 		--num_images_per_prompt 4 --num_inference_steps 25 --guidance_scale 1 --batch_size 64 \
 		--seed $(IMAGE_SEED) --output_dir $(DEMO)/evaluation
 

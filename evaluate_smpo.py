@@ -20,8 +20,8 @@
 #     "diffusers>=0.35.0",
 #     "transformers>=4.55.0",
 #     "accelerate>=1.7.0",
-#     "datasets>=3.6.0",
 #     "peft>=0.17.0",
+#     "datasets>=3.6.0",  # brings pandas
 #     "pyarrow>=17.0",
 #     "pillow>=10.1",
 # ]
@@ -34,15 +34,15 @@
 
 Every model draws every prompt with the same seeds. A model's win rate over another is the share of images with the
 higher reward at the same prompt and seed, a tie counting a half; cosines, of PickScore and the like, stand times 100.
-Intervals are of 95 % and over prompts, as the images of one are not independent. All of it is said of each group of
-prompts, too. With --run_dir every checkpoint of a run is a model, and the best is named.
+Intervals are of 95 % and over prompts, as the images of one are not independent. Of several files of prompts each is
+a group with numbers of its own. With --run_dir every checkpoint of a run is a model, and the best is named.
 
-    images/NAME/PROMPT_IMAGE.png   the images; comparison-NAME.png has base beside tuned, from the largest gain to loss
+    images/NAME/SEED-HASH.png      the images; comparison-NAME.png has base beside tuned, from the largest gain to loss
     gallery.html                   all of them with their scores, to be sorted and filtered in a browser
     scores.csv                     their rewards, a line an image; scores/ keeps them, so that none is scored twice
-    results.csv, .json, .md        medians, means, win rates over the base (.csv: over all), and the best checkpoint
+    results.json, results.md       medians, means, win rates over the base (.json: over all), and the best checkpoint
     blind/index.html               with --blind, a page on which people vote; --votes counts them
-    --pairs_path                   the images as preference pairs, labelled by the first reward, to train on
+    --pairs_path                   the images as preference pairs to train on, labelled by the first reward or --votes
 
 The same command, started again, draws and scores only what is not there yet. With `accelerate launch` several
 processes share the work; machines have to share the folder.
@@ -51,15 +51,16 @@ processes share the work; machines have to share the folder.
 import argparse
 import hashlib
 import html
+import importlib.metadata
 import importlib.util
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import sys
-import textwrap
 from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -74,12 +75,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from datasets import DatasetDict, load_dataset_builder, load_from_disk
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from PIL import Image, ImageDraw
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from huggingface_hub import snapshot_download
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -96,7 +95,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import check_min_version
+from diffusers.utils import check_min_version, is_wandb_available, make_image_grid
 
 
 check_min_version("0.35.0")
@@ -105,20 +104,23 @@ check_min_version("0.35.0")
 PIL_BACKEND = (
     {"backend": "pil"} if importlib.util.find_spec("transformers.image_processing_backends") else {"use_fast": False}
 )
-DATASET_ACCEPTED = "a Hub name, a folder, a Parquet file or glob, or a `save_to_disk` folder"
-PROMPT_FILES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
-PROMPTS_ACCEPTED = "UTF-8: txt with a prompt a line, a json list of prompts, or json, csv, tsv or Parquet with columns"
+PROMPTS_ACCEPTED = "UTF-8: txt with a prompt a line, a json list of prompts, or json, jsonl, csv, tsv or Parquet"
 MODELS_ACCEPTED = "a pipeline, UNet, training checkpoint or LoRA, each a folder or a Hub name, or a LoRA file"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
+KINDS = {  # of models, by a file that tells; with the LoRA's file or the UNet's subfolder
+    LORA_FILE: ("lora", LORA_FILE),
+    "model_index.json": ("pipeline", None),
+    "config.json": ("unet", None),
+    "unet/config.json": ("unet", "unet"),
+}
 ENDS = [0.025, 0.975]  # of a 95 % interval, as quantiles
 NUM_RESAMPLES = 4_000  # of the bootstrap
 NUM_HALVES = 1_000  # ways to split the prompts into two halves
 FEW_PROMPTS = 20  # below them no interval means much
 NUM_COMPARED_PROMPTS = 12
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell, for a spreadsheet
+BEFORE_FORMULA = r"^(?=[=+@\t\r-])"  # in a cell, as a spreadsheet sees it
 MERGE_TIMEOUT = timedelta(days=7)  # how long a process waits at the end for a slower one
-PAIRS_PER_GROUP = 64  # in a row group of Parquet
 ALL = "all"  # the group of all prompts
 
 
@@ -162,8 +164,13 @@ def resampled_medians(values, counts):
     >>> resampled_medians(np.array([[1.0], [2.0], [4.0]]), np.array([[1, 1, 1], [0, 0, 3]])).tolist()
     [2.0, 4.0]
     """
-    drawn = np.tile(np.arange(len(values)), len(counts)).repeat(counts.astype(int).ravel()).reshape(counts.shape)
-    return np.median(values[drawn].reshape(len(counts), -1), axis=1)
+    ordered, prompts = np.sort(values, axis=None), np.argsort(values, axis=None) // values.shape[1]
+    medians = []
+    for some in np.array_split(counts, 100):  # what fits a processor's cache
+        copies = some[:, prompts].cumsum(axis=1)  # of all images up to this one, from the lowest up
+        middle = [(copies > rank).argmax(axis=1) for rank in ((values.size - 1) // 2, values.size // 2)]
+        medians.append(ordered[middle].mean(axis=0))
+    return np.concatenate(medians)
 
 
 def win_rate_on_other_half(rates, seed):
@@ -184,43 +191,36 @@ def with_interval(name, value, ends):
     return {name: float(value), f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
 
 
-def summarise(scores, groups, seed):
-    """Medians and means of every model, and its win rates over every other one.
+def values_of(table, reward):
+    """`{model: a reward's scores [prompts, images]}` of a table like scores.csv."""
+    models, count = table.groupby("model", sort=False)[reward], table["prompt"].nunique()
+    return {model: scores.to_numpy().reshape(count, -1) for model, scores in models}
 
-    Args:
-        scores: `{reward: {model: float array [prompts, images]}}`, the base first.
-        groups: the group of each prompt, or None for each.
-        seed: of the bootstrap.
+
+def summarise(table, rewards, seed):
+    """Medians and means of every model in a table like scores.csv, and its win rates over every other one.
 
     Returns:
         Dicts with `reward`, `group`, `model`, `num_prompts`, `mean`, `median` and `median_less_base`, and dicts with
-        `reward`, `group`, `model`, `opponent`, `win_rate` and `tie_rate`; the groups are `ALL` and, of several, each.
+        `reward`, `group`, `model`, `opponent`, `win_rate` and `tie_rate`; the groups are `ALL` and, if any, each.
         Medians, their differences and win rates have intervals, from `..._low` to `..._high`.
     """
-    groups, results, duels = np.array(groups, dtype=object), [], []
-    names = [group for group in dict.fromkeys(groups) if group not in (None, ALL)]
-    chosen = {ALL: slice(None)} | {name: groups == name for name in names if len(names) > 1}  # a single group is all
-    for (reward, of_model), (group, prompts) in itertools.product(scores.items(), chosen.items()):
-        values = {model: of_image[prompts] for model, of_image in of_model.items()}  # [P, images] of each
-        base, num_prompts = next(iter(values)), len(groups[prompts])
-        counts = resample_prompts(num_prompts, seed)
+    results, duels, groups = [], [], {ALL: table}
+    groups |= {name: rows for name, rows in table.groupby("group", sort=False) if name != ALL}
+    for reward, (group, rows) in itertools.product(rewards, groups.items()):
+        values = values_of(rows, reward)
+        base, counts = values["base"], resample_prompts(len(values["base"]), seed)
         resampled = {model: resampled_medians(of_image, counts) for model, of_image in values.items()}
         for model, of_image in values.items():
-            row = {
-                "reward": reward,
-                "group": group,
-                "model": model,
-                "num_prompts": num_prompts,
-                "mean": of_image.mean(),
-            }
+            key = {"reward": reward, "group": group, "model": model}
+            row = key | {"num_prompts": len(of_image), "mean": float(of_image.mean())}
             row |= with_interval("median", np.median(of_image), np.quantile(resampled[model], ENDS))
-            less, ends = np.median(of_image) - np.median(values[base]), resampled[model] - resampled[base]
+            less, ends = np.median(of_image) - np.median(base), resampled[model] - resampled["base"]
             results.append(row | with_interval("median_less_base", less, np.quantile(ends, ENDS)))
-        for model, opponent in itertools.permutations(values, 2):
-            won = wins(values[model], values[opponent])
-            row = {"reward": reward, "group": group, "model": model, "opponent": opponent}
-            ends = win_interval(won.mean(axis=1), counts)
-            duels.append(row | with_interval("win_rate", won.mean(), ends) | {"tie_rate": (won == 0.5).mean()})
+            for opponent in (name for name in values if name != model):
+                won = wins(of_image, values[opponent])
+                row = key | {"opponent": opponent, "tie_rate": float((won == 0.5).mean())}
+                duels.append(row | with_interval("win_rate", won.mean(), win_interval(won.mean(axis=1), counts)))
     return results, duels
 
 
@@ -243,71 +243,39 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
         raise UserError(f"--{flag} {value} cannot be loaded: {reason}\nAccepted: {accepted}.") from error
 
 
-def pick_columns(names, args):
-    """The columns of prompts (Parti-Prompts': "Prompt") and, with --group_column, of groups, among those there are."""
-    prompt = next((name for name in (args.caption_column, "prompt", "Prompt") if name in names), args.caption_column)
-    columns = {"caption_column": prompt, "group_column": args.group_column}
-    for flag, column in columns.items():
-        if column is not None and column not in names:
-            raise ValueError(f"it has no column for --{flag} {column}, but {', '.join(names)}.")
-    return [column for column in columns.values() if column is not None]
-
-
-def read_prompts(path, args):
-    """Tuples of the prompt and, with --group_column, the group of each row of a file of --prompts_path."""
+def read_prompts(path, column):
+    """The prompts in a file of --prompts_path, in which empty ones are left out; raises `UserError`."""
     suffix, utf8 = Path(path).suffix, {"encoding": "utf-8-sig"}  # with or without a byte-order mark
     with explain_errors("prompts_path", path, PROMPTS_ACCEPTED):
         if suffix == ".txt":
-            table = pd.DataFrame({args.caption_column: Path(path).read_text(**utf8).splitlines()})
+            table = pd.DataFrame({column: Path(path).read_text(**utf8).splitlines()})
         elif suffix == ".parquet":
-            table = pd.read_parquet(path)
+            table = pd.read_parquet(path, columns=[column])  # and no pictures
         elif suffix in (".csv", ".tsv"):
             separator = "\t" if suffix == ".tsv" else ","
             table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, **utf8)
         else:
-            table = pd.read_json(path, lines=suffix == ".jsonl", dtype=False, **utf8)
-            table = table.rename(columns={0: args.caption_column})  # of a plain list
-        return table[pick_columns(table.columns, args)].astype(object).itertuples(index=False)
-
-
-def read_data_set(args):
-    """Yields such tuples of the rows of --dataset_name; no other split and no other column is read."""
-    name, split = args.dataset_name, args.dataset_split_name
-    with explain_errors("dataset_name", f"{name} --dataset_split_name {split}", DATASET_ACCEPTED):
-        if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
-            data = load_from_disk(name)
-            data = data[split] if isinstance(data, DatasetDict) else data
-            columns = pick_columns(data.column_names, args)
-        else:
-            source = {"path": name}
-            if name.endswith(".parquet"):
-                source = {"path": "parquet", "data_files": {split: name}}
-            builder = load_dataset_builder(**source)
-            data = builder.as_streaming_dataset(split)
-            columns = pick_columns(data.column_names or list(next(iter(data))), args)
-            if builder.name == "parquet":  # the others read whole rows
-                data = load_dataset_builder(**source, columns=columns).as_streaming_dataset(split)
-        for row in data.select_columns(columns):
-            yield tuple(row[column] for column in columns)
+            table = pd.read_json(path, lines=suffix == ".jsonl", dtype=False, **utf8).rename(columns={0: column})
+        if column not in table:
+            raise ValueError(f"it has no --caption_column {column}, but {', '.join(map(str, table.columns))}")
+        for prompt in table[column].dropna():
+            if not isinstance(prompt, str):
+                raise ValueError(f"--caption_column {column} holds {repr(prompt)[:80]}, which is no text")
+        return [prompt.strip() for prompt in table[column].dropna() if prompt.strip()]
 
 
 def load_prompts(args):
-    """`{prompt: its group or None}`, in the order of first occurrence; raises `UserError` if there is none."""
-    group_of, paths = {}, args.prompts_path or [args.dataset_name]
-    for path in paths:
-        of_file = Path(path).stem if len(paths) > 1 and args.group_column is None else None
-        for prompt, *group in read_prompts(path, args) if args.prompts_path else read_data_set(args):
-            if prompt is None or isinstance(prompt, float) and math.isnan(prompt):
-                continue
-            if not isinstance(prompt, str):
-                raise UserError(f"--caption_column {args.caption_column} holds {repr(prompt)[:80]}, which is no text.")
-            if prompt.strip():
-                group_of.setdefault(prompt.strip(), str(*group) if group else of_file)
-            if len(group_of) == args.max_prompts:
-                return group_of
+    """`{prompt: its group}`, the file's name where there are several, else None; each once, in the order of the files.
+
+    Raises `UserError` if there is none.
+    """
+    group_of = {}
+    for path in args.prompts_path:
+        for prompt in read_prompts(path, args.caption_column):
+            group_of.setdefault(prompt, Path(path).stem if len(args.prompts_path) > 1 else None)
     if not group_of:
-        raise UserError(f"There are no prompts in {' '.join(paths)}: all is empty.")
-    return group_of
+        raise UserError(f"--prompts_path {' '.join(args.prompts_path)} has no prompts: all is empty.")
+    return dict(itertools.islice(group_of.items(), args.max_prompts))
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -324,14 +292,9 @@ class Source(NamedTuple):
     @property
     def kind(self):
         """One of "pipeline", "unet", "lora", with its subfolder or file; (None, None) if it is none of them."""
-        if LORA_FILE in self.files:
-            return "lora", LORA_FILE
-        if "model_index.json" in self.files:
-            return "pipeline", None
-        if "config.json" in self.files or "unet/config.json" in self.files:
-            return "unet", None if "config.json" in self.files else "unet"
         weights = [file for file in self.files if re.fullmatch(r"[^/]+\.safetensors", file)]
-        return ("lora", weights[0]) if len(weights) == 1 else (None, None)
+        kinds = KINDS | {file: ("lora", file) for file in weights if len(weights) == 1}
+        return next((kind for file, kind in kinds.items() if file in self.files), (None, None))
 
 
 def digest(facts):
@@ -339,28 +302,25 @@ def digest(facts):
 
 
 def locate(flag, path, revision=None):
-    """The `Source` that a flag names, of which nothing is downloaded; raises `UserError` if there is none."""
-    local = Path(path)
-    if local.exists():
-        root = local if local.is_dir() else local.parent
-        files = sorted(file for file in root.rglob("*") if file.is_file()) if local.is_dir() else [local]
-        facts = [[file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        # What a run has ended with is known without its checkpoints, which may be deleted.
-        lasting = [fact for fact in facts if not re.match(r"(partial-)?checkpoint-\d+/", fact[0])]
-        return Source(path, None, [name for name, *_ in facts], f"{path} {digest(lasting)}")
-    with explain_errors(flag, path, "a file or folder that exists, or the name of a Hub repository"):
-        try:
-            found = HfApi().model_info(path, revision=revision)
-            commit, names = found.sha, [file.rfilename for file in found.siblings]
-        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except Exception as error:  # requests and httpx have errors of their own for a missing network
-            try:
-                folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
-            except Exception:
-                raise ValueError(f"it is not on this machine, and the Hub cannot be reached ({error})") from error
-            commit, names = folder.name, [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
-    return Source(path, commit, names, f"{path}@{commit}")
+    """The `Source` that a flag names; raises `UserError` if there is none.
+
+    Of a Hub repository only LoRAs, and what tells of what kind it is, are downloaded; without a network it is the
+    newest commit on this machine.
+    """
+    local, commit = Path(path), None
+    if not local.exists():
+        with explain_errors(flag, path, "a file or folder that exists, or the name of a Hub repository"):
+            local = Path(snapshot_download(path, revision=revision, allow_patterns=list(KINDS)))
+            commit = local.name
+            if not any((local / file).exists() for file in KINDS):  # a LoRA under a name of its own
+                snapshot_download(path, revision=commit, allow_patterns="*.safetensors")
+    root = local.parent if local.is_file() else local
+    files = [local] if local.is_file() else sorted(file for file in local.rglob("*") if file.is_file())
+    facts = [[file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    # What a run has ended with is known without its checkpoints, which may be deleted.
+    lasting = [fact for fact in facts if not re.match(r"(partial-)?checkpoint-\d+/", fact[0])]
+    identity = f"{path}@{commit}" if commit else f"{path} {digest(lasting)}"
+    return Source(path, commit, [name for name, *_ in facts], identity)
 
 
 def locate_models(args):
@@ -369,13 +329,13 @@ def locate_models(args):
     sources = {"base": locate("pretrained_model_name_or_path", base, args.revision)}
     if sources["base"].kind[0] != "pipeline":
         raise UserError(
-            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Of a single file make"
-            " a folder: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), or ...XLPipeline."
+            f"--pretrained_model_name_or_path {base} is no pipeline: it has no model_index.json. Make one of a single"
+            " file: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), or ...XLPipeline."
         )
     for name, path in args.models.items():
         sources[name] = locate("models", path)
         if sources[name].kind[0] is None:
-            listed = ", ".join(sorted(sources[name].files)[:12]) or "nothing"
+            listed = ", ".join(sources[name].files[:12]) or "none of the files that tell"
             raise UserError(f"--models {name}={path} holds {listed}.\nAccepted: {MODELS_ACCEPTED}.")
     return sources
 
@@ -391,8 +351,7 @@ def load_pipeline(source, base, device, args):
             parts["unet"] = UNet2DConditionModel.from_pretrained(source.path, **options)
         pipeline = DiffusionPipeline.from_pretrained(whole.path, revision=whole.commit, **parts)
         if kind == "lora":
-            folder = os.path.dirname(source.path) or "." if os.path.isfile(source.path) else source.path
-            pipeline.load_lora_weights(folder, weight_name=part, revision=source.commit)
+            pipeline.load_lora_weights(source.path, weight_name=part, revision=source.commit)
         pipeline.to(device)  # what had no weights fails here
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -418,25 +377,6 @@ def save_text(path, text):
     save_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def open_output(prompts, sources, args):
-    """Makes the output folder; raises `UserError` if the images in it are of other prompts, settings or models."""
-    path = Path(args.output_dir) / "evaluation_args.json"
-    names = "num_images_per_prompt num_inference_steps guidance_scale resolution seed dtype variant".split()
-    record = {f"--{name}": getattr(args, name) for name in names} | {"prompts": digest(prompts)}
-    record |= {f"model {name}": source.identity for name, source in sources.items()}
-    if PartialState().is_main_process:
-        saved = json.loads(path.read_text()) if path.is_file() else {}
-        changed = [key for key in record if saved.get(key, record[key]) != record[key]]
-        if changed:
-            changes = "\n".join(f"{key}: {saved[key]} then, {record[key]} now" for key in changed)
-            raise UserError(
-                f"--output_dir {args.output_dir} holds images of something else:\n{changes}\n"
-                "Give another folder, or delete this one."
-            )
-        save_text(path, json.dumps({**saved, **record}, indent=2))
-    PartialState().wait_for_everyone()
-
-
 class Job(NamedTuple):
     """An image to draw, and a line of scores.csv."""
 
@@ -448,19 +388,23 @@ class Job(NamedTuple):
 
 
 def list_jobs(sources, group_of, args):
-    """The `Job` of every image: model by model, prompt by prompt, and the images of a prompt, all seeds in a row."""
+    """The `Job` of every image: model by model, prompt by prompt, and the images of a prompt, all seeds in a row.
+
+    All that makes an image is in its file's name, so that none of other weights, prompts or settings passes for it.
+    """
     jobs, count = [], args.num_images_per_prompt
+    settings = [args.num_inference_steps, args.guidance_scale, args.resolution, args.dtype, args.variant]
     for name, (number, (prompt, group)), i in itertools.product(sources, enumerate(group_of.items()), range(count)):
-        path = f"images/{name}/{number:05d}_{i}.png"
-        jobs.append(Job(name, prompt, group, args.seed + number * count + i, path))
+        seed = args.seed + number * count + i
+        facts = [sources["base"].identity, sources[name].identity, prompt, seed, *settings]
+        jobs.append(Job(name, prompt, group, seed, f"images/{name}/{seed:05d}-{digest(facts)}.png"))
     return jobs
 
 
 def batches(jobs, description, args):
-    """Yields --batch_size jobs at a time, with a progress bar in one process of each machine."""
-    silent = not jobs or not PartialState().is_local_main_process
-    for start in tqdm(range(0, len(jobs), args.batch_size), description, unit="batch", disable=silent):
-        yield jobs[start : start + args.batch_size]
+    """--batch_size jobs at a time, with a progress bar in one process of each machine."""
+    parts = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
+    return tqdm(parts, description, unit="batch", disable=not jobs or not PartialState().is_local_main_process)
 
 
 def draw_images(jobs, sources, args):
@@ -471,7 +415,7 @@ def draw_images(jobs, sources, args):
         return
     name = missing[0].model
     pipeline = load_pipeline(sources[name], sources["base"], PartialState().device, args)
-    options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     options |= {"height": args.resolution, "width": args.resolution}
     for batch in batches(missing, f"Images of {name}", args):
         # On the CPU, so that an image does not depend on the device or on the batch it is drawn in.
@@ -760,75 +704,44 @@ def load_scorers(device, args):
 
 
 def score_key(job, scorer, args):
-    """What a score is kept under: the image's file with its size and time, and a hash of its prompt and the reward."""
-    status = (Path(args.output_dir) / job.image).stat()
-    facts = [job.prompt, scorer.reward.file, {**scorer.source, "name": None}]  # another name makes no other score
-    return f"{job.image} {status.st_size} {status.st_mtime_ns} {digest(facts)}"
+    """What a score is kept under: the image's file and its time, and a hash of the reward."""
+    facts = [scorer.reward.file, {**scorer.source, "name": None}]  # another name makes no other score
+    return f"{job.image} {(Path(args.output_dir) / job.image).stat().st_mtime_ns} {digest(facts)}"
 
 
 def kept_scores(args):
     """`{key: score}`, what all processes have kept."""
-    paths = sorted(Path(args.output_dir).glob("scores/*.json"))
+    paths = Path(args.output_dir).glob("scores/*.json")
     return {key: score for path in paths for key, score in json.loads(path.read_text()).items()}
 
 
-def score_missing(jobs, scorers, args):
-    """Scores those images that have no score yet and keeps it; raises `UserError` at a score that is not finite."""
+def score_missing(jobs, description, scorers, args):
+    """Scores those images that have no score yet, and keeps what a batch gives in a file of its own; raises
+    `UserError` at a score that is not finite."""
     folder, kept = Path(args.output_dir), kept_scores(args)
+    keys = {job: {reward: score_key(job, scorer, args) for reward, scorer in scorers.items()} for job in jobs}
+    missing = [job for job in jobs if not kept.keys() >= set(keys[job].values())]
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without holding up the others
-        for reward, scorer in scorers.items():
-            missing = [job for job in jobs if score_key(job, scorer, args) not in kept]
-            for batch in batches(missing, f"Scores by {reward}", args):
-                images = pool.map(lambda job: Image.open(folder / job.image).convert("RGB"), batch)
-                pixels = pool.map(
-                    lambda image: scorer.image_processor(image, return_tensors="pt")["pixel_values"], images
-                )
-                scores = scorer.score(torch.cat(list(pixels)), [job.prompt for job in batch])
-                scores = scorer.reward.scale * scores.double().cpu().numpy()
-                if not np.isfinite(scores).all():
-                    job, score = next(pair for pair in zip(batch, scores) if not math.isfinite(pair[1]))
-                    raise UserError(
-                        f"{reward} gives {score} to {folder / job.image} ({job.prompt!r}), which ranks nothing. It is"
-                        " damaged, or overflows in float16: then give --dtype float32 and another --output_dir."
-                    )
-                kept |= {score_key(job, scorer, args): float(score) for job, score in zip(batch, scores)}
-            if missing:
-                save_text(folder / "scores" / f"{PartialState().process_index}.json", json.dumps(kept))
+        for batch in batches(missing, description, args):
+            images = dict(zip(batch, pool.map(lambda job: Image.open(folder / job.image).convert("RGB"), batch)))
+            for reward, scorer in scorers.items():
+                new = [job for job in batch if keys[job][reward] not in kept]
+                if not new:
+                    continue
+                pixels = pool.map(lambda job: scorer.image_processor(images[job], return_tensors="pt"), new)
+                pixels = torch.cat([of_image["pixel_values"] for of_image in pixels])
+                scores = scorer.score(pixels, [job.prompt for job in new]).double().cpu().numpy()
+                for job, score in zip(new, scores):
+                    if not math.isfinite(score):
+                        raise UserError(
+                            f"{reward} gives {score} to {folder / job.image} ({job.prompt!r}), which ranks nothing. It"
+                            " is damaged, or overflows in float16: then give --dtype float32."
+                        )
+                found = {keys[job][reward]: scorer.reward.scale * score for job, score in zip(new, scores)}
+                save_text(folder / "scores" / f"{digest(list(found))}.json", json.dumps(found))
 
 
-# ---- Pictures and tables --------------------------------------------------------------------------------------------
-
-
-def side_by_side(base_images, tuned_images, prompts):
-    """One picture: a row a prompt with its text above, each base image left of the tuned one at the same seed.
-
-    `base_images` and `tuned_images` are a list of images for each prompt, all of one size; they are shown
-    `THUMBNAIL` pixels wide.
-    """
-    width = THUMBNAIL
-    height = width * base_images[0][0].height // base_images[0][0].width
-    columns = 2 * len(base_images[0])
-    texts = [textwrap.fill(f"base | tuned: {prompt}", columns * width // 6) for prompt in prompts]  # 6 pixels a letter
-    text_height = 8 + 15 * max(text.count("\n") + 1 for text in texts)
-    sheet = Image.new("RGB", (columns * width, len(prompts) * (height + text_height)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (text, *images) in enumerate(zip(texts, base_images, tuned_images)):
-        top = row * (height + text_height)
-        draw.multiline_text((4, top + 4), text, fill="black", font_size=10)
-        for column, image in enumerate(image for pair in zip(*images) for image in pair):
-            sheet.paste(image.resize((width, height)), (column * width, top + text_height))
-    return sheet
-
-
-def compare(name, table, reward, args):
-    """`side_by_side` of base and a model for prompts evenly spaced from the largest to the smallest mean gap."""
-    of_prompt = table.groupby(["model", "prompt"], sort=False).agg({reward: "mean", "image": list})
-    base, tuned = of_prompt.loc["base"], of_prompt.loc[name]
-    gaps = (tuned[reward] - base[reward]).sort_values(ascending=False, kind="stable")
-    chosen = gaps.iloc[np.linspace(0, len(gaps) - 1, min(NUM_COMPARED_PROMPTS, len(gaps))).round().astype(int)]
-    of_model = [rows.loc[chosen.index, "image"] for rows in (base, tuned)]
-    images = [[[Image.open(Path(args.output_dir) / path) for path in paths] for paths in rows] for rows in of_model]
-    return side_by_side(*images, [f"{prompt} ({gap:+.2f})" for prompt, gap in chosen.items()])
+# ---- Tables and pictures --------------------------------------------------------------------------------------------
 
 
 def escape_markdown(text):
@@ -842,79 +755,98 @@ def with_ends(row, name, form):
 
 
 def as_markdown(results, duels):
-    """What `summarise` returns as Markdown, a table for each reward and group."""
-    lines, base = [], results[0]["model"]
-    over_base = {(row["reward"], row["group"], row["model"]): row for row in duels if row["opponent"] == base}
+    """What `summarise` and `count_votes` return as a table in Markdown."""
+    over_base = {(row["reward"], row["group"], row["model"]): row for row in duels if row["opponent"] == "base"}
+    lines = ["| reward | prompts | model | median score | less the base's | mean score | win rate over base | ties |"]
+    lines.append("|---" * 8 + "|")
     for row in results:
-        if row["model"] == base:  # the first of its group
-            few = ", too few prompts for an interval to mean much" * (row["num_prompts"] < FEW_PROMPTS)
-            title = f"**{row['reward']}**, {escape_markdown(row['group'])} prompts ({row['num_prompts']}{few})"
-            header = "| model | median score | less the base's | mean score | win rate over base | ties |"
-            lines += ["", f"{title}, 95 % intervals", "", header, "|---" * 6 + "|"]
-        cells = [row["model"], with_ends(row, "median", ".3f"), "", f"{row['mean']:.3f}", "", ""]
-        if duel := over_base.get((row["reward"], row["group"], row["model"])):
-            cells[2] = with_ends(row, "median_less_base", "+.3f")
-            cells[4:] = [with_ends(duel, "win_rate", ".1%"), f"{duel['tie_rate']:.1%}"]
+        few = ", too few for an interval to mean much" * (row["num_prompts"] < FEW_PROMPTS)
+        cells = [row["reward"], f"{escape_markdown(row['group'])} ({row['num_prompts']}{few})", row["model"]]
+        cells += [with_ends(row, "median", ".3f"), with_ends(row, "median_less_base", "+.3f"), f"{row['mean']:.3f}"]
+        duel = over_base.get((row["reward"], row["group"], row["model"]))  # the base has none
+        cells += [with_ends(duel, "win_rate", ".1%"), f"{duel['tie_rate']:.1%}"] if duel else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines[1:]) + "\n"
+    return "\n".join(lines) + "\n\nIntervals are of 95 %.\n"
 
 
-def name_best(scores, duels, args):
-    """The checkpoint that wins most often over the base under the first reward: its row, and a sentence on it."""
-    (reward, of_model), steps = next(iter(scores.items())), args.steps
+def name_best(table, reward, duels, args):
+    """The checkpoint that wins most often over the base under a reward: its row, and a sentence on it."""
     key = {"reward": reward, "group": ALL, "opponent": "base"}.items()
-    rows = [row for row in duels if key <= row.items() and row["model"] in steps]
-    best = max(rows, key=lambda row: row["win_rate"])
-    rates = np.stack([wins(of_model[name], of_model["base"]).mean(axis=1) for name in steps], axis=1)
+    rows = [row for row in duels if key <= row.items() and row["model"] in args.steps]
+    best, values = max(rows, key=lambda row: row["win_rate"]), values_of(table, reward)
+    rates = np.stack([wins(values[name], values["base"]).mean(axis=1) for name in args.steps], axis=1)
     honest = win_rate_on_other_half(rates, args.seed)
     text = (
-        f"**{best['model']}** is the best of {len(steps)} checkpoints under {reward}: it wins over the base"
+        f"**{best['model']}** is the best of {len(rows)} checkpoints under {reward}: it wins over the base"
         f" {with_ends(best, 'win_rate', '.1%')}. To pick the best of many and to measure it on the same prompts is"
         f" optimistic: picked on one half of the prompts, the best wins {honest:.1%} on the other half."
     )
-    return {**best, "step": steps[best["model"]], "win_rate_on_other_half": honest}, text
+    return {**best, "step": args.steps[best["model"]], "win_rate_on_other_half": honest}, text
 
 
-def write_csv(path, table):
-    """Writes a table; a text that a spreadsheet would take for a formula gets an apostrophe before it."""
-    safe = table.astype(object).map(
-        lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
-    )
-    save_text(path, safe.to_csv(index=False))
+def gains_over_base(table, rewards):
+    """Mean score of each prompt less the base's, in a column for each "MODEL by REWARD"."""
+    means = table.pivot_table(rewards, "prompt", "model", sort=False)
+    names = itertools.product(table["model"].unique()[1:], rewards)
+    gains = {f"{model} by {reward}": means[reward, model] - means[reward, "base"] for model, reward in names}
+    return pd.DataFrame(gains, index=means.index)
 
 
-def collect_scores(jobs, scorers, args):
-    """The table of scores.csv: a line for each job, with a column for each reward."""
-    kept = kept_scores(args)
-    of_reward = {reward: [kept[score_key(job, scorer, args)] for job in jobs] for reward, scorer in scorers.items()}
-    return pd.DataFrame(jobs).assign(**of_reward)
+def compare(name, gains, table, args):
+    """A picture with a row a prompt, each base image left of the model's at the same seed, for prompts evenly spaced
+    from the largest to the smallest of their `gains`."""
+    ranked = gains.sort_values(ascending=False, kind="stable").index
+    chosen = ranked[np.linspace(0, len(ranked) - 1, min(NUM_COMPARED_PROMPTS, len(ranked))).round().astype(int)]
+    both = table[table["model"].isin(["base", name])].sort_values("seed", kind="stable")
+    paths = both.groupby("prompt")["image"].agg(list).loc[chosen]
+    images = [Image.open(Path(args.output_dir) / path).resize((THUMBNAIL, THUMBNAIL)) for path in paths.explode()]
+    return make_image_grid(images, rows=len(chosen), cols=len(images) // len(chosen))
 
 
-def write_results(table, sources, scorers, args):
-    """Writes tables and pictures, and returns the Markdown."""
-    folder, scores = Path(args.output_dir), {reward: {} for reward in scorers}
-    groups = table.drop_duplicates("prompt")["group"].tolist()
-    for reward, (name, rows) in itertools.product(scorers, table.groupby("model", sort=False)):
-        scores[reward][name] = rows[reward].to_numpy().reshape(len(groups), -1)
-    results, duels = summarise(scores, groups, args.seed)
-    votes = count_votes(table, args)
-    record, text = {"results": results, "win_rates": duels + votes}, as_markdown(results, duels)
-    for row in votes:
+def write_results(table, votes, sources, scorers, args):
+    """Writes tables and pictures, prints results.md, and returns what is in results.json."""
+    folder, rewards = Path(args.output_dir), list(scorers)
+    results, duels = summarise(table, rewards, args.seed)
+    by_vote = count_votes(votes, args.seed)
+    record, text = {"results": results, "win_rates": duels + by_vote}, as_markdown(results, duels)
+    for row in by_vote:
         win_rate, ties = with_ends(row, "win_rate", ".1%"), f"{row['tie_rate']:.1%}"
         text += f"\n{row['num_votes']} votes: **{row['model']}** wins over the base {win_rate}, ties {ties}\n"
     if args.steps:
-        record["best"], sentence = name_best(scores, duels, args)
+        record["best"], sentence = name_best(table, rewards[0], duels, args)
         text = f"{sentence}\n\n{text}"
     record["models"] = {name: source.identity for name, source in sources.items()}
     record["rewards"] = {reward: scorer.source for reward, scorer in scorers.items()}
-    write_csv(folder / "scores.csv", table)
-    write_csv(folder / "results.csv", pd.DataFrame(results + record["win_rates"]))
-    save_text(folder / "results.json", json.dumps({**record, "args": vars(args)}, indent=2))
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "pillow")
+    record["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+    record |= {"command": sys.argv, "args": vars(args)}
+    save_text(folder / "results.json", json.dumps(record, indent=2))
     save_text(folder / "results.md", text)
+    texts = table[["prompt", "group"]].replace(BEFORE_FORMULA, "'", regex=True)
+    save_text(folder / "scores.csv", table.assign(**texts).to_csv(index=False))
+    gains = gains_over_base(table, rewards)
+    write_gallery(table, gains, rewards, args)
     for name in args.models:
-        sheet = compare(name, table, next(iter(scores)), args)
+        sheet = compare(name, gains[f"{name} by {rewards[0]}"], table, args)
         save_whole(folder / f"comparison-{name}.png", lambda temporary: sheet.save(temporary, "png"))
-    return text
+    print(text)
+    return record
+
+
+def send_results(record, args):
+    """Sends medians, win rates over the base, and the comparisons, to the trackers of --report_to."""
+    accelerator = Accelerator(log_with=args.report_to, project_dir=str(Path(args.output_dir) / "logs"))
+    config = {flag: value if isinstance(value, (int, float)) else str(value) for flag, value in vars(args).items()}
+    accelerator.init_trackers("smpo-evaluation", config=config)
+    numbers = [("median", row) for row in record["results"]]
+    numbers += [("win_rate", row) for row in record["win_rates"] if row["opponent"] == "base"]
+    accelerator.log({f"{row['reward']}/{row['group']}/{row['model']}/{name}": row[name] for name, row in numbers})
+    pictures = {name: Image.open(Path(args.output_dir) / f"comparison-{name}.png") for name in args.models}
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):  # few others take images
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: np.asarray(image)[None] for name, image in pictures.items()}, **options)
+        tracker.finish()  # not `end_training`, for which the other processes would have to be here
 
 
 # ---- Pages to look at -----------------------------------------------------------------------------------------------
@@ -923,52 +855,43 @@ GALLERY = """<!doctype html>
 <meta charset="utf-8">
 <title>Gallery</title>
 <style>
-body { font: 14px sans-serif } td, th { border-top: 1px solid #ccc; text-align: left; vertical-align: top }
-td:first-child { width: 16em; overflow-wrap: anywhere }
-figure { display: inline-block; margin: 4px } img { display: block; height: 192px }
+body { font: 14px sans-serif }
+section { border-top: 1px solid #ccc; content-visibility: auto; contain-intrinsic-size: auto 300px }
+figure { display: inline-block; margin: 4px } img { display: block; width: 192px; height: 192px }
 </style>
-<p><input id="text" placeholder="words of the prompt">
-<select id="group"><option value="">all groups
-{% for group in groups %}<option value="{{ group }}">{{ group }}{% endfor %}</select>
+<p><input id="text" placeholder="words of the prompt or group">
 <select id="order"><option value="">as given
-{% for name in gains %}<option value="{{ loop.index0 }}">by gain of {{ name }}{% endfor %}</select>
+{% for name in names %}<option value="{{ loop.index0 }}">by gain of {{ name }}{% endfor %}</select>
 <span id="count"></span> prompts; ★ has the highest score at the seed</p>
-<table><thead><tr><th>prompt{% for model in models %}<th>{{ model }}{% endfor %}</thead><tbody>
-{% for row in rows %}<tr data-group="{{ row.group }}" data-gains="{{ row.gains | tojson }}"><td>{{ row.prompt }}
-{% for model in models %}<td>{% for image in row.images[model] %}
-<figure><a href="{{ image.image }}"><img loading="lazy" src="{{ image.image }}" alt="{{ model }}"></a>
-{% for reward in rewards %}<div>{{ reward }} {{ "%.3f" | format(image[reward]) }}
-{{ "★" if image[reward] == image.best[reward] }}</div>{% endfor %}</figure>
-{% endfor %}{% endfor %}{% endfor %}</table>
+<main>{% for prompt, images in of_prompt.items() %}
+<section data-gains="{{ gains[prompt] | tojson }}"><p>{{ prompt }} <i>{{ images[0].group or "" }}</i></p>
+{% for image in images %}<figure><a href="{{ image.image }}"><img loading="lazy" src="{{ image.image }}" alt=""></a>
+{{ image.model }}{% for score in image.scores %}<br>{{ score }}{% endfor %}</figure>
+{% endfor %}</section>{% endfor %}</main>
 <script>
-const [text, group, order, count] = ["text", "group", "order", "count"].map(id => document.getElementById(id))
-const body = document.querySelector("tbody"), rows = [...body.rows]
-const gain = row => order.value && JSON.parse(row.dataset.gains)[order.value]
-const fits = row => (!group.value || row.dataset.group === group.value) &&
-  row.cells[0].textContent.toLowerCase().includes(text.value.toLowerCase())
+const [text, order, count] = ["text", "order", "count"].map(id => document.getElementById(id))
+const main = document.querySelector("main"), sections = [...main.children]
+const gain = section => order.value && JSON.parse(section.dataset.gains)[order.value]
+const fits = section => section.firstChild.textContent.toLowerCase().includes(text.value.toLowerCase())
 document.oninput = () => {
-  body.replaceChildren(...rows.filter(fits).sort((a, b) => gain(b) - gain(a)))
-  count.textContent = body.rows.length
+  main.replaceChildren(...sections.filter(fits).sort((a, b) => gain(b) - gain(a)))
+  count.textContent = main.children.length
 }
 document.oninput()
 </script>
 """
 
 
-def write_gallery(table, rewards, args):
-    """Writes gallery.html: prompts down, models across, every image with its scores, to be sorted and filtered."""
-    models, rows = table["model"].unique(), []
-    best = table.groupby(["prompt", "seed"])[rewards].transform("max").to_dict("records")
-    means = {model: of_model.groupby("prompt")[rewards].mean() for model, of_model in table.groupby("model")}
-    gains = {
-        f"{model} by {reward}": (means[model] - means["base"])[reward] for model in models[1:] for reward in rewards
-    }
-    for (prompt, group), images in table.assign(best=best).groupby(["prompt", "group"], sort=False, dropna=False):
-        images = {model: of_model.to_dict("records") for model, of_model in images.groupby("model")}
-        of_prompt = [float(gain[prompt]) for gain in gains.values()]
-        rows.append({"prompt": prompt, "group": group, "gains": of_prompt, "images": images})
-    groups, template = table["group"].dropna().unique(), jinja2.Environment(autoescape=True).from_string(GALLERY)
-    page = template.render(models=models, rewards=rewards, rows=rows, groups=groups, gains=gains)
+def write_gallery(table, gains, rewards, args):
+    """Writes gallery.html: every prompt with its images, seed by seed, and their scores, to be sorted and filtered."""
+    stars = table[rewards] == table.groupby(["prompt", "seed"])[rewards].transform("max")
+    texts = table[rewards].map(" {:.3f}".format) + stars.replace({True: " ★", False: ""})
+    shown = table.assign(scores=[[name + text for name, text in zip(rewards, row)] for row in texts.to_numpy()])
+    of_prompt = defaultdict(list)
+    for image in shown.sort_values("seed", kind="stable").itertuples():
+        of_prompt[image.prompt].append(image)
+    of_gains = dict(zip(gains.index, gains.to_numpy().tolist()))
+    page = jinja2.Template(GALLERY, autoescape=True).render(names=gains.columns, gains=of_gains, of_prompt=of_prompt)
     save_text(Path(args.output_dir) / "gallery.html", page)
 
 
@@ -994,7 +917,7 @@ const show = () => {
 }
 document.onkeydown = event => {
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return
-  if (!"012".includes(event.key) || votes.length === duels.length) return
+  if (!["0", "1", "2"].includes(event.key) || votes.length === duels.length) return
   const { left, right } = duels[votes.length]
   votes.push({ left, right, vote: Number(event.key) })
   localStorage.setItem(key, JSON.stringify(votes))  // a closed page goes on where it was
@@ -1005,84 +928,100 @@ show()
 """
 
 
-def blind_name(image, args):
-    """An image's name in blind/, of place and content: it does not tell the model, and is in no other evaluation."""
-    content = hashlib.sha256((Path(args.output_dir) / image).read_bytes()).hexdigest()
-    return f"{digest([image, content])}.png"
-
-
 def write_blind(table, args):
     """Fills blind/, which can be handed on: a page with base and tuned image of a seed side by side, without names."""
     folder, rng, duels = Path(args.output_dir) / "blind", np.random.default_rng(args.seed), []
+    names = {image: f"{digest(image)}.png" for image in table["image"]}  # which do not tell the model
     base = table[table["model"] == "base"].set_index("seed")["image"]
-    for job in table.itertuples():
-        image = folder.parent / job.image
-        save_whole(folder / blind_name(job.image, args), lambda temporary: shutil.copyfile(image, temporary))
-        left, right = rng.permutation([job.image, base[job.seed]])
-        if job.model != "base":
-            duels.append({"prompt": job.prompt, "left": blind_name(left, args), "right": blind_name(right, args)})
+    for job in table[table["model"] != "base"].itertuples():
+        left, right = (names[image] for image in rng.permutation([job.image, base[job.seed]]))
+        duels.append({"prompt": job.prompt, "left": left, "right": right})
     rng.shuffle(duels)
-    page = jinja2.Environment(autoescape=True).from_string(BLIND).render(duels=duels, key=digest(duels))
+    for path in folder.glob("*.png"):  # of models that are not compared any more
+        if re.fullmatch(r"[0-9a-f]{16}\.png", path.name) and path.name not in names.values():
+            path.unlink()
+    for image, name in names.items():
+        save_whole(folder / name, lambda temporary: shutil.copyfile(folder.parent / image, temporary))
+    page = jinja2.Template(BLIND, autoescape=True).render(duels=duels, key=digest(duels))
     save_text(folder / "index.html", page)
 
 
-def count_votes(table, args):
-    """Win rates over the base by --votes, rows as `summarise` has of duels; a person's every vote counts."""
-    jobs = {blind_name(job.image, args): job for job in table.itertuples() if args.votes}
-    won, rows = [], []
+def read_votes(table, args):
+    """A line for each of --votes: the tuned model's `image` and the `base_image`, the `model` and `prompt`, and what
+    it has `won`, 1, 0 or, at a tie, 0.5."""
+    jobs = {f"{digest(job.image)}.png": job for job in table.itertuples()}
+    votes = []
     for path in args.votes or []:
         with explain_errors("votes", path, "what the page of --blind in this --output_dir has made"):
             for vote in json.loads(Path(path).read_text()):
-                sides = [jobs[vote["left"]], jobs[vote["right"]]]
-                tuned = int(sides[0].model == "base")  # the number of its side
-                won.append([sides[tuned].model, sides[tuned].prompt, {0: 0.5, 1: 1 - tuned, 2: tuned}[vote["vote"]]])
-    for model, votes in pd.DataFrame(won, columns=["model", "prompt", "won"]).groupby("model", sort=False):
-        rates = votes.groupby("prompt")["won"].mean().to_numpy()
-        row = {"reward": "votes", "group": ALL, "model": model, "opponent": "base", "num_votes": len(votes)}
-        ends = win_interval(rates, resample_prompts(len(rates), args.seed))
-        rows.append(row | with_interval("win_rate", rates.mean(), ends) | {"tie_rate": (votes["won"] == 0.5).mean()})
+                left, right = jobs[vote["left"]], jobs[vote["right"]]
+                won = {1: 1.0, 2: 0.0, 0: 0.5}[vote["vote"]]
+                tuned, base, won = (right, left, 1 - won) if left.model == "base" else (left, right, won)
+                votes.append((tuned.image, base.image, tuned.model, tuned.prompt, won))
+    return pd.DataFrame(votes, columns=["image", "base_image", "model", "prompt", "won"])
+
+
+def count_votes(votes, seed):
+    """Win and tie rates over the base by votes, as `summarise` has them: means over prompts of those over votes."""
+    rows = []
+    for model, of_model in votes.assign(tie=votes["won"] == 0.5).groupby("model", sort=False):
+        rates = of_model.groupby("prompt")[["won", "tie"]].mean()
+        row = {"reward": "votes", "group": ALL, "model": model, "opponent": "base", "num_votes": len(of_model)}
+        ends = win_interval(rates["won"].to_numpy(), resample_prompts(len(rates), seed))
+        rows.append(row | with_interval("win_rate", rates["won"].mean(), ends) | {"tie_rate": rates["tie"].mean()})
     return rows
 
 
 # ---- Pairs to train on ----------------------------------------------------------------------------------------------
 
 
-def couple_images(table, reward, args):
-    """Couples of lines of `collect_scores`, as dicts: of each prompt the best and worst image, or all that differ."""
-    content = [hashlib.sha256((Path(args.output_dir) / image).read_bytes()).hexdigest() for image in table["image"]]
-    couples = []
-    for _, rows in table.assign(uid=content).drop_duplicates(["prompt", "uid"]).groupby("prompt", sort=False):
-        ranked = rows.sort_values(reward, ascending=False).to_dict("records")
-        ends = zip(ranked[:1], ranked[1:][-1:])
-        couples += ends if args.pairs == "best_worst" else itertools.combinations(ranked, 2)
-    return [sorted(couple, key=lambda row: row["uid"]) for couple in couples]  # which is first says nothing
+def couple_images(table, votes, reward, args):
+    """Couples of lines of scores.csv, dicts that also have a `uid` and the `label`, P(it is preferred): of each prompt
+    the best and the worst image (--pairs all: every two) or, with --votes, what people chose between, and the mean of
+    the votes."""
+    labelled = []
+    if args.votes:
+        labelled = votes.groupby(["image", "base_image"], sort=False)["won"].mean().items()
+    for _, rows in table.groupby("prompt", sort=False) if not args.votes else ():
+        images = rows.sort_values(reward, ascending=False, kind="stable")["image"].tolist()
+        couples = itertools.combinations(images, 2) if args.pairs == "all" else [(images[0], images[-1])]
+        labelled += [(couple, 1.0) for couple in couples]
+    lines, couples = {line["image"]: line for line in table.to_dict("records")}, []
+    for images, share in labelled:
+        uids = [hashlib.sha256((Path(args.output_dir) / image).read_bytes()).hexdigest() for image in images]
+        both = zip(images, uids, (share, 1 - share))
+        couple = [lines[image] | {"uid": uid, "label": label} for image, uid, label in both]
+        if couple[0]["uid"] != couple[1]["uid"]:
+            couples.append(sorted(couple, key=lambda line: line["uid"]))  # which is first says nothing
+    return couples
 
 
-def as_pair(couple, rewards, args):
-    """A couple in Pick-a-Pic's columns, with all scores; the first reward labels it."""
-    pair = {"caption": couple[0]["prompt"], "ranking_id": "-".join(row["uid"][:16] for row in couple)}
-    for i, row in enumerate(couple):
-        pair |= {f"jpg_{i}": (Path(args.output_dir) / row["image"]).read_bytes(), f"image_{i}_uid": row["uid"]}
-        pair |= {f"{name}_{i}": row[name] for name in ("model", "seed")}
-        pair |= {f"score_{i}_{reward}": row[reward] for reward in rewards}
-    gap, (low, high) = couple[0][rewards[0]] - couple[1][rewards[0]], args.score_range
-    scale = REWARDS.get(rewards[0], Reward()).scale
-    soft_label = torch.tensor(gap / scale / (high - low), dtype=torch.float64).sigmoid().item()
-    return pair | {"label_0": float(wins(gap, 0)), "label_1": float(wins(0, gap)), "soft_label_0": soft_label}
-
-
-def write_pairs(table, rewards, args):
-    """Writes --pairs_path, which the training scripts take as --dataset_name; raises `UserError` without pairs."""
-    couples = couple_images(table, rewards[0], args)
+def write_pairs(table, votes, scorers, args):
+    """Writes --pairs_path, which the training scripts take as --dataset_name: Pick-a-Pic's columns, all scores and,
+    unless people have voted, the first reward's soft label. Raises `UserError` without pairs."""
+    reward, scorer = next(iter(scorers.items()))
+    couples = couple_images(table, votes, reward, args)
     if not couples:
         raise UserError(f"--pairs_path {args.pairs_path} stays unwritten: of no prompt do two images differ.")
+    low, high = scorer.source["label_range"] or (table[reward].agg(["min", "max"]) / scorer.reward.scale)
+
+    def as_pair(couple):
+        pair = {"caption": couple[0]["prompt"], "ranking_id": "-".join(line["uid"][:16] for line in couple)}
+        for i, line in enumerate(couple):
+            pair[f"jpg_{i}"] = (Path(args.output_dir) / line["image"]).read_bytes()
+            pair |= {f"image_{i}_uid": line["uid"], f"label_{i}": line["label"]}
+            pair |= {f"{name}_{i}": line[name] for name in ("model", "seed")}
+            pair |= {f"score_{i}_{name}": line[name] for name in scorers}
+        if not args.votes:
+            gap = (couple[0][reward] - couple[1][reward]) / scorer.reward.scale
+            pair["soft_label_0"] = 1 / (1 + math.exp(-gap / (high - low)))
+        return pair
 
     def save(path):
-        schema = pa.Table.from_pylist([as_pair(couples[0], rewards, args)]).schema
+        schema = pa.Table.from_pylist([as_pair(couples[0])]).schema
         with pq.ParquetWriter(path, schema) as writer:
-            for start in range(0, len(couples), PAIRS_PER_GROUP):  # so many pictures in memory at a time
-                rows = [as_pair(couple, rewards, args) for couple in couples[start : start + PAIRS_PER_GROUP]]
-                writer.write_table(pa.Table.from_pylist(rows, schema))
+            for couple in couples:  # two pictures in memory at a time
+                writer.write_table(pa.Table.from_pylist([as_pair(couple)], schema))
 
     save_whole(Path(args.pairs_path), save)
 
@@ -1090,58 +1029,31 @@ def write_pairs(table, rewards, args):
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 
-def positive_int(text):
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
-    return value
+def checked(kind, fits, accepted):
+    """An argparse type: a number of a kind that fits, or else an error that says what is accepted."""
+
+    def parse(text):
+        try:
+            if math.isfinite(float(text)) and fits(kind(text)):
+                return kind(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be {accepted}, got {text}")
+
+    return parse
 
 
-def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(description="Medians and win rates, base against tuned.")
-    path = {"type": os.path.expanduser}
+int_from_1 = checked(int, lambda value: value > 0, "a whole number above 0")
+int_from_0 = checked(int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more, of 63 bits")
+from_0 = checked(float, lambda value: value >= 0, "a number, 0 or more")
+multiple_of_8 = checked(int, lambda value: value > 0 and value % 8 == 0, "a multiple of 8, the VAE's factor")
 
-    add = parser.add_argument_group("models", "Give --models, --run_dir, or both.").add_argument
-    add("--pretrained_model_name_or_path", **path, required=True, help="Base model: a Hub name or a folder.")
-    add("--revision", help="Revision of the base model on the Hub.")
-    add("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
-    add("--models", nargs="+", default=[], help=f"Tuned models, each PATH or NAME=PATH: {MODELS_ACCEPTED}.")
-    add("--run_dir", **path, help="Output folder of a training run: compares its checkpoints, names the best.")
 
-    add = parser.add_argument_group("prompts", "Give one of --prompts_path and --dataset_name.").add_argument
-    add("--prompts_path", nargs="+", **path, help=f"Files, each a group if several: {PROMPTS_ACCEPTED}.")
-    add("--dataset_name", **path, help=f"Data set: {DATASET_ACCEPTED}.")
-    add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
-    add("--caption_column", default="caption", help="Prompt of the images.")
-    add("--group_column", help="What results are broken down by, such as Category of Parti-Prompts.")
-    add("--max_prompts", type=positive_int, help="Use the first so many prompts.")
-
-    add = parser.add_argument_group("sampling").add_argument
-    add("--num_images_per_prompt", type=positive_int, default=1, help="Images, each with its own seed.")
-    add("--num_inference_steps", type=positive_int, default=50, help="Denoising steps.")
-    add("--guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
-    add("--resolution", type=positive_int, default=512, help="Side of the square images, in pixels.")
-    add("--seed", type=int, default=0, help="Seed of the first image; each further one has the next.")
-    text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
-    add("--batch_size", type=positive_int, default=16, help="Images at a time.")
-
-    add = parser.add_argument_group("reward model").add_argument
-    text = f"Reward models, each {REWARDS_ACCEPTED}."
-    add("--reward_model", type=reward_name, nargs="+", default=["pickscore"], help=text)
-
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", **path, required=True, help="Folder for images, scores and tables.")
-    add("--blind", action="store_true", help="Also makes blind/index.html, a page on which people vote by keys.")
-    add("--votes", **path, nargs="+", help="Files that this page has made: their win rates stand beside the rewards'.")
-    add("--pairs_path", **path, help="Also writes the images as preference pairs to train on, a Parquet file.")
-    add("--pairs", choices=["best_worst", "all"], default="best_worst", help="Which two images of a prompt to pair.")
-    text = "Range of the first reward, a cosine not times 100, for soft labels. Default: PickScore's published one."
-    add("--score_range", nargs=2, type=float, metavar=("MIN", "MAX"), help=text)
-
-    args = parser.parse_args(input_args)
-    resolve(args)
-    return args
+def nonempty(text):
+    """An argparse type: a text that is not empty, with ~ for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: is the variable set that it comes from?")
+    return os.path.expanduser(text)
 
 
 def named_sources(values, flag, taken, problems):
@@ -1160,60 +1072,81 @@ def named_sources(values, flag, taken, problems):
     return sources
 
 
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description="Medians and win rates, base against tuned.")
+
+    add = parser.add_argument_group("models", "Give --models, --run_dir, or both.").add_argument
+    add("--pretrained_model_name_or_path", required=True, type=nonempty, help="Base model: a Hub name or a folder.")
+    add("--revision", help="Revision of the base model on the Hub.")
+    add("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
+    add("--models", nargs="+", default=[], help=f"Tuned models, each PATH or NAME=PATH: {MODELS_ACCEPTED}.")
+    add("--run_dir", type=nonempty, help="Output folder of a training run: compares its checkpoints, names the best.")
+
+    add = parser.add_argument_group("prompts").add_argument
+    text = f"Files, each a group if several: {PROMPTS_ACCEPTED}."
+    add("--prompts_path", nargs="+", required=True, type=nonempty, help=text)
+    add("--caption_column", default="caption", help="Prompt of the images.")
+    add("--max_prompts", type=int_from_1, help="Use the first so many prompts.")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--num_images_per_prompt", type=int_from_1, default=1, help="Images, each with its own seed.")
+    add("--num_inference_steps", type=int_from_1, default=50, help="Denoising steps.")
+    add("--guidance_scale", type=from_0, default=7.5, help="Classifier-free guidance.")
+    add("--resolution", type=multiple_of_8, default=512, help="Side of the square images, in pixels.")
+    add("--seed", type=int_from_0, default=0, help="Seed of the first image; each further one has the next.")
+    text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
+    add("--batch_size", type=int_from_1, default=16, help="Images at a time.")
+
+    add = parser.add_argument_group("reward model").add_argument
+    text = f"Reward models, each {REWARDS_ACCEPTED}."
+    add("--reward_model", type=reward_name, nargs="+", default=["pickscore"], help=text)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", required=True, type=nonempty, help="Folder for images, scores and tables.")
+    trackers = ["tensorboard", "wandb", "all", "none"]
+    add("--report_to", default="none", choices=trackers, help="Where metrics and pictures go.")
+    add("--blind", action="store_true", help="Also makes blind/index.html, a page on which people vote by keys.")
+    add("--votes", type=nonempty, nargs="+", help="Files that this page has made: win rates beside the rewards'.")
+    text = "Also writes preference pairs to train on, a Parquet file: a prompt's best and worst image by the first"
+    add("--pairs_path", type=nonempty, help=f"{text} reward or, with --votes, what people chose between.")
+    add("--pairs", choices=["best_worst", "all"], help="Which two images of a prompt. Default: best_worst.")
+    return resolve(parser.parse_args(input_args))
+
+
 def resolve(args):
     """Checks what no type does, and fills in what depends on others; raises `UserError` with a line for each problem.
 
     --models, with the checkpoints of --run_dir, and --reward_model become `{name: path}`; `args.steps` is
     `{checkpoint: step}`.
     """
-    data, run, pairs = args.dataset_name, args.run_dir, args.pairs_path
+    run, pairs, problems = args.run_dir, args.pairs_path, []
     names = os.listdir(run) if run and os.path.isdir(run) else []
     steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
-    base_alone, (low, high) = not args.models and run is None, args.score_range or (0, 1)
-    checks = [
-        (not math.isfinite(args.guidance_scale), f"--guidance_scale must be finite, got {args.guidance_scale}."),
-        (args.seed < 0, f"--seed must not be negative, got {args.seed}."),
-        (args.resolution % 8, f"--resolution must be a multiple of 8, the VAE's factor, got {args.resolution}."),
-        (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file: name a folder."),
-        (base_alone and (args.blind or not pairs), "Give tuned models with --models, or a run with --run_dir."),
-        (run and not steps, f"--run_dir {run} has no folders named checkpoint-STEP."),
-        (
-            pairs and base_alone and args.num_images_per_prompt < 2,
-            "--pairs_path needs two images of a prompt: give --num_images_per_prompt 2 or more, or --models.",
-        ),
-        (pairs and not pairs.endswith(".parquet"), f"--pairs_path {pairs} must end in .parquet."),
-        (pairs and Path(pairs).exists(), f"--pairs_path {pairs} exists: move it away, or name another file."),
-        (not pairs and (args.score_range or args.pairs == "all"), "--score_range and --pairs go with --pairs_path."),
-        (not -math.inf < low < high < math.inf, f"--score_range must be a MIN and a larger MAX, got {low} {high}."),
-        ((args.prompts_path is None) == (data is None), "Give one of --prompts_path and --dataset_name."),
-        (
-            data and Path(data).is_file() and not data.endswith(".parquet"),
-            f"--dataset_name {data} is a file: give it to --prompts_path.",
-        ),
-    ]
-    for path in args.votes or []:
-        checks.append((not Path(path).is_file(), f"--votes {path} is not a file."))
-    for path in args.prompts_path or []:
-        wrong = not Path(path).is_file() or Path(path).suffix not in PROMPT_FILES
-        checks.append((wrong, f"--prompts_path {path} is not a file that ends in {', '.join(PROMPT_FILES)}."))
-    for flag, value in vars(args).items():
-        empty = value == "" or isinstance(value, list) and "" in value
-        checks.append((empty, f"--{flag} is empty. Is a variable of the shell not set?"))
-    problems = [sentence for wrong, sentence in checks if wrong]
     args.steps = {f"checkpoint-{step}": step for step in steps}
-    args.models = named_sources(args.models, "models", ["base", *args.steps], problems)
-    taken = ["best", "uid", "votes", *Job._fields]
-    args.reward_model = named_sources(args.reward_model, "reward_model", taken, problems)
-    first = next(iter(args.reward_model))
-    if args.score_range is None and args.reward_model[first] == first and first in REWARDS:
-        args.score_range = REWARDS[first].label_range
-    if pairs and args.score_range is None:
-        problems.append(f"--pairs_path needs --score_range MIN MAX: no labels by {first} have been published.")
+    if not args.models and run is None and (args.blind or not pairs):
+        problems.append("Give tuned models with --models, or a run with --run_dir.")
+    elif not args.models and run is None and args.num_images_per_prompt < 2:
+        problems.append("--pairs_path needs two images of a prompt: give --num_images_per_prompt 2 or --models.")
+    if run and not steps:
+        problems.append(f"--run_dir {run} has no folders named checkpoint-STEP.")
+    if args.pairs and (not pairs or args.votes):
+        problems.append("--pairs does nothing without --pairs_path, or with --votes, which say what is a pair.")
+    if pairs and not pairs.endswith(".parquet"):
+        problems.append(f"--pairs_path {pairs} must end in .parquet.")
+    if pairs and Path(pairs).exists():
+        problems.append(f"--pairs_path {pairs} exists: move it away, or name another file.")
+    if args.report_to == "wandb" and not is_wandb_available():
+        problems.append("--report_to wandb needs wandb: pip install wandb.")
+    models = named_sources(args.models, "models", ["base", *args.steps], problems)
+    taken = ["best", "uid", "label", "votes", "scores", *Job._fields]
+    rewards = named_sources(args.reward_model, "reward_model", taken, problems)
     if problems:
         raise UserError("\n".join(problems))
-    args.models = {name: os.path.expanduser(path) for name, path in args.models.items()}
+    args.models = {name: os.path.expanduser(path) for name, path in models.items()}
     args.models |= {name: f"{run}/{name}" for name in args.steps}
-    args.reward_model = {name: os.path.expanduser(path) for name, path in args.reward_model.items()}
+    args.reward_model = {name: os.path.expanduser(path) for name, path in rewards.items()}
+    return args
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------
@@ -1224,24 +1157,27 @@ def main(args):
     state = PartialState(cpu=on_cpu, timeout=MERGE_TIMEOUT)
     args.dtype = args.dtype or ("float32" if state.device.type == "cpu" else "float16")
     group_of = load_prompts(args)
-    sources = locate_models(args)
-    open_output(list(group_of), sources, args)
+    (sources,) = broadcast_object_list([locate_models(args)])  # the same commits and times in all processes
     scorers = load_scorers(state.device, args)  # before anything is drawn: they may not be there
     jobs = list_jobs(sources, group_of, args)
     for name in sources:
         own = [job for job in jobs[state.process_index :: state.num_processes] if job.model == name]
         draw_images(own, sources, args)
-        score_missing(own, scorers, args)
+        score_missing(own, f"Scores of {name}", scorers, args)
     state.wait_for_everyone()
     if state.is_main_process:
-        score_missing(jobs, scorers, args)  # what a file of another machine does not show yet
-        table = collect_scores(jobs, scorers, args)
-        print(write_results(table, sources, scorers, args))
-        write_gallery(table, list(scorers), args)
+        score_missing(jobs, "Scores", scorers, args)  # what a file of another machine does not show yet
+        kept = kept_scores(args)
+        scores = {reward: [kept[score_key(job, scorer, args)] for job in jobs] for reward, scorer in scorers.items()}
+        table = pd.DataFrame(jobs).assign(**scores)
+        votes = read_votes(table, args)
+        record = write_results(table, votes, sources, scorers, args)
+        if args.report_to != "none":
+            send_results(record, args)
         if args.blind:
             write_blind(table, args)
         if args.pairs_path is not None:
-            write_pairs(table, list(scorers), args)
+            write_pairs(table, votes, scorers, args)
         print(f"\nImages, scores and pictures are in {args.output_dir}: look at its gallery.html.")
 
 

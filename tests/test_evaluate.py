@@ -1,6 +1,5 @@
 """evaluate_smpo.py on the tiny models: what it draws, scores and says, what it keeps, and whom it refuses."""
 
-import argparse
 import csv
 import hashlib
 import itertools
@@ -9,39 +8,38 @@ import math
 import re
 import runpy
 import shutil
+import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 
 import hub_server
 import huggingface_hub
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, TWO_PROCESSES, command_line, train
+from conftest import ROOT, TINY, TWO_PROCESSES, command_line, read_logs, train
 from fork_server import wait_for
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPProcessor
 
+import diffusers
 import evaluate_smpo
 from diffusers import UNet2DConditionModel
 from evaluate_smpo import UserError, load_prompts, parse_args, resample_prompts, summarise, win_interval, wins
 
 
 SAME = f"same={TINY / 'sd15'}"  # the base under another name
+EVIL = ['</p></script><script>alert(1)</script>"', "=1+1"]  # prompts
+EVIL_NAME = '@"><img onerror=alert(1)>|*a*'  # of a file of prompts
 
 
 def evaluation_flags(output_dir, **flags):
-    """Of the tiny data set's prompts, or of those in a file that is given."""
-    prompts = {} if flags.get("prompts_path") else {"dataset_name": TINY / "pairs", "split": "test"}
     defaults = {
         "pretrained_model_name_or_path": TINY / "sd15", "models": SAME, "reward_model": TINY / "pickscore",
-        "max_prompts": 3, "num_inference_steps": 2, "guidance_scale": 1.0, "resolution": 64, "batch_size": 24,
-        "output_dir": output_dir, **prompts,
+        "prompts_path": TINY / "pairs" / "test.parquet", "max_prompts": 3, "num_inference_steps": 2,
+        "guidance_scale": 1.0, "resolution": 64, "batch_size": 24, "output_dir": output_dir,
     }  # fmt: skip
     return command_line(**{**defaults, **flags})
 
@@ -51,10 +49,13 @@ def evaluate(output_dir, **flags):
     return read_results(output_dir)
 
 
+def read_record(output_dir):
+    return json.loads((output_dir / "results.json").read_text())
+
+
 def read_results(output_dir, reward="pickscore", group="all"):
     """`{model: its medians, and its win rate over base}`."""
-    record = json.loads((output_dir / "results.json").read_text())
-    key = {"reward": reward, "group": group}.items()
+    record, key = read_record(output_dir), {"reward": reward, "group": group}.items()
     models = {row["model"]: row for row in record["results"] if key <= row.items()}
     for row in record["win_rates"]:
         if row["opponent"] == "base" and key <= row.items():
@@ -67,11 +68,20 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
+def images_in(folder):
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("images/*/*.png")}
+
+
+def scores_in(folder):
+    """What is kept: `{file: {key: score}}`."""
+    return {path.name: json.loads(path.read_text()) for path in folder.glob("scores/*.json")}
+
+
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory):
     """A training run with three checkpoints."""
     folder = tmp_path_factory.mktemp("lora")
-    flags = {"learning_rate": 1e-2, "max_train_steps": 12, "checkpointing_steps": 4}
+    flags = {"learning_rate": 3e-2, "max_train_steps": 3, "checkpointing_steps": 1}
     train(folder, noising="forward", label_column="label_0", rank=2, **flags)
     return folder
 
@@ -88,105 +98,182 @@ def damaged(tmp_path_factory):
     return folder
 
 
-def test_itself_and_a_damaged_model(damaged, tmp_path):
-    models = [SAME, f"damaged={damaged}"]
-    results = evaluate(tmp_path, models=models, max_prompts=24, num_inference_steps=8)
+@pytest.fixture(scope="module")
+def whole(damaged, tmp_path_factory):
+    """All that an evaluation writes, of two groups of 6 prompts with 2 images each; its folder, and its flags."""
+    folder, captions = tmp_path_factory.mktemp("whole"), pq.read_table(TINY / "pairs" / "test.parquet")["caption"]
+    texts = {EVIL_NAME: [*EVIL, *captions[:4].to_pylist()], "plain": captions[4:10].to_pylist()}
+    for name, prompts in texts.items():
+        (folder / f"{name}.txt").write_text("\n".join(prompts))
+    flags = {
+        "models": [SAME, f"damaged={damaged}"], "prompts_path": [folder / f"{name}.txt" for name in texts],
+        "max_prompts": None, "num_images_per_prompt": 2, "num_inference_steps": 4,
+        "reward_model": [TINY / "pickscore", f"other={TINY / 'pickscore'}"],
+    }  # fmt: skip
+    extras = {"blind": True, "report_to": "tensorboard", "pairs_path": folder / "pairs.parquet"}
+    evaluate(folder / "out", **flags, **extras)
+    return folder, flags
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of it, which goes on with what is there, and its flags."""
+    return shutil.copytree(whole[0] / "out", tmp_path / "copy"), whole[1]
+
+
+# What it says
+
+
+def test_itself_and_a_damaged_model(whole):
+    folder = whole[0] / "out"
+    results, rows = read_results(folder), read_table(folder / "scores.csv")
     same, worse = results["same"], results["damaged"]
     assert same["median"] == results["base"]["median"]
     assert (same["win_rate"], same["win_rate_low"], same["win_rate_high"], same["tie_rate"]) == (0.5, 0.5, 0.5, 1)
-    assert worse["win_rate_high"] < 0.5 and worse["median"] < results["base"]["median"]
-
-    rows = read_table(tmp_path / "scores.csv")
-    assert len(rows) == 3 * 24
-    scores = [float(row["pickscore"]) for row in rows if row["model"] == "damaged"]
-    assert worse["median"] == pytest.approx(np.median(scores))
-    assert all((tmp_path / row["image"]).is_file() for row in rows)
+    assert len(rows) == 3 * 24 and all((folder / row["image"]).is_file() for row in rows)
+    base, _, tuned = np.array([float(row["pickscore"]) for row in rows]).reshape(3, 24)
+    assert worse["median"] == pytest.approx(np.median(tuned)) and worse["mean"] < results["base"]["mean"]
+    assert worse["win_rate"] == pytest.approx((tuned > base).mean()) and same["median_less_base_low"] == 0
     assert [row["seed"] for row in rows if row["model"] == "base"] == [str(i) for i in range(24)]
-    text = (tmp_path / "results.md").read_text()
-    assert f"| damaged | {worse['median']:.3f} (" in text
-    assert worse["median_less_base_high"] < 0 and results["same"]["median_less_base_low"] == 0
-    assert Image.open(tmp_path / "comparison-damaged.png").width == 2 * evaluate_smpo.THUMBNAIL
-    processor = json.loads((tmp_path / "results.json").read_text())["rewards"]["pickscore"]["image_processor"]
+
+    record = read_record(folder)
+    assert record["versions"]["diffusers"] == diffusers.__version__
+    assert record["command"] == sys.argv and record["args"]["num_images_per_prompt"] == 2
+    processor = record["rewards"]["pickscore"]["image_processor"]
     assert processor.startswith("CLIPImageProcessor") and '"resample": 3' in processor
-    rows = [row for row in read_table(tmp_path / "results.csv") if row["opponent"]]
-    win_rate = {(row["model"], row["opponent"]): float(row["win_rate"]) for row in rows}
-    assert len(win_rate) == 6
-    assert all(win_rate[pair] + win_rate[pair[::-1]] == pytest.approx(1) for pair in win_rate)
+    key = {"reward": "pickscore", "group": "all"}.items()
+    win_rate = {(row["model"], row["opponent"]): row["win_rate"] for row in record["win_rates"] if key <= row.items()}
+    assert len(win_rate) == 6 and all(win_rate[pair] + win_rate[pair[::-1]] == pytest.approx(1) for pair in win_rate)
+    assert [read_results(folder, group=group)["base"]["num_prompts"] for group in (EVIL_NAME, "plain")] == [6, 6]
 
 
-def test_every_way_to_name_a_model(damaged, lora_run, tmp_path):
-    """A UNet folder, a folder with one, a LoRA file and folder and checkpoint; prompts from a text file."""
-    (tmp_path / "prompts.txt").write_text("a large red circle\n\na small blue square\na large red circle\n")
+def test_tables_are_safe_to_open(whole):
+    """Neither Markdown nor a spreadsheet runs what a file of prompts holds, or its name."""
+    text, escaped = (whole[0] / "out" / "results.md").read_text(), r'@"&gt;&lt;img onerror=alert(1)&gt;\|\*a\*'
+    assert f"| pickscore | {escaped} (6, too few for an interval to mean much) | base |" in text and "<img" not in text
+    cells = [(row["prompt"], row["group"]) for row in read_table(whole[0] / "out" / "scores.csv")]
+    assert cells[0] == (EVIL[0], f"'{EVIL_NAME}") and cells[2][0] == "'=1+1"
+
+
+def test_a_comparison_and_what_trackers_get(whole):
+    """Thumbnails of the prompt that gains most above, base left of the model's at each seed; the same in tensorboard."""
+    folder, size = whole[0] / "out", evaluate_smpo.THUMBNAIL
+    sheet, table = Image.open(folder / "comparison-damaged.png"), pd.read_csv(folder / "scores.csv")
+    assert sheet.size == (4 * size, 12 * size)
+    means = table.groupby(["prompt", "model"])["pickscore"].mean().unstack()
+    first = table[table["prompt"] == (means["damaged"] - means["base"]).idxmax()].set_index("model")["image"]
+    for i, path in enumerate([first["base"].iloc[0], first["damaged"].iloc[0], first["base"].iloc[1]]):
+        image = Image.open(folder / path).resize((size, size))
+        assert np.array_equal(sheet.crop((i * size, 0, (i + 1) * size, size)), image)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs, worse = read_logs(folder), read_results(folder)["damaged"]
+    assert logs["pickscore/all/damaged/median"] == [pytest.approx(worse["median"])]
+    assert logs["pickscore/all/damaged/win_rate"] == [pytest.approx(worse["win_rate"])]
+    (path,) = folder.glob("logs/smpo-evaluation/events*")
+    assert EventAccumulator(str(path)).Reload().Tags()["images"] == ["same", "damaged"]
+
+
+def test_the_best_checkpoint_and_every_way_to_name_a_model(damaged, lora_run, tmp_path):
+    """A UNet folder, a folder with one, a LoRA file and folder, and the checkpoints of a run."""
     shutil.copy(lora_run / "pytorch_lora_weights.safetensors", tmp_path / "renamed.safetensors")
-    models = {
-        "unet": damaged / "unet", "folder": damaged, "lora": lora_run, "file": tmp_path / "renamed.safetensors",
-        "checkpoint": lora_run / "checkpoint-12",
-    }  # fmt: skip
-    results = evaluate(
-        tmp_path / "out", models=[f"{name}={path}" for name, path in models.items()], batch_size=3,
-        prompts_path=tmp_path / "prompts.txt", num_images_per_prompt=2, max_prompts=None, num_inference_steps=4,
-    )  # fmt: skip
+    models = {"unet": damaged / "unet", "folder": damaged, "lora": lora_run, "file": tmp_path / "renamed.safetensors"}
+    results = evaluate(tmp_path / "out", models=[f"{k}={v}" for k, v in models.items()], run_dir=lora_run)
+    assert list(results) == ["base", *models, "checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert results["unet"]["mean"] == results["folder"]["mean"] != results["base"]["mean"]
-    lora, file, checkpoint, base = (results[name]["mean"] for name in ("lora", "file", "checkpoint", "base"))
-    assert lora == file == checkpoint != base
-    assert len(images_in(tmp_path / "out")) == 6 * 4
+    assert results["lora"]["mean"] == results["file"]["mean"] == results["checkpoint-3"]["mean"]
+    assert results["checkpoint-3"]["mean"] not in (results["base"]["mean"], results["checkpoint-1"]["mean"])
 
-
-def test_images_do_not_depend_on_the_batch(tmp_path):
-    images = []
-    for batch_size in (1, 3):
-        evaluate(tmp_path / str(batch_size), batch_size=batch_size, num_inference_steps=4)
-        paths = sorted((tmp_path / str(batch_size)).glob("images/base/*.png"))
-        images.append([np.array(Image.open(path), dtype=int) for path in paths])
-    assert len(images[0]) == 3 and np.abs(np.stack(images[0]) - np.stack(images[1])).max() <= 1
+    best = read_record(tmp_path / "out")["best"]
+    assert best["win_rate"] == max(row["win_rate"] for name, row in results.items() if name[:5] == "check")
+    assert best["model"] == f"checkpoint-{best['step']}" and 0 <= best["win_rate_on_other_half"] <= 1
+    sentence = (tmp_path / "out" / "results.md").read_text().splitlines()[0]
+    assert f"**{best['model']}** is the best of 3 checkpoints under pickscore: it wins over the base" in sentence
+    assert "optimistic" in sentence and f"wins {best['win_rate_on_other_half']:.1%} on the other half" in sentence
 
 
 # Runs
 
 
-def images_in(folder):
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.glob("images/*/*.png")}
+def test_images_do_not_depend_on_the_batch(whole, tmp_path):
+    evaluate(tmp_path, **{**whole[1], "models": SAME, "max_prompts": 2, "batch_size": 1, "prompts_path": [
+        whole[1]["prompts_path"][0]]})  # fmt: skip
+    paths = sorted(path for path in images_in(tmp_path) if "base" in path)
+    ours, theirs = (np.stack([np.array(Image.open(folder / path), int) for path in paths])
+                    for folder in (tmp_path, whole[0] / "out"))  # fmt: skip
+    assert len(paths) == 4 and np.abs(ours - theirs).max() <= 1
 
 
-def test_a_killed_run_goes_on_with_the_images_that_it_has(damaged, tmp_path, server):
-    flags = {"models": f"damaged={damaged}", "max_prompts": 16, "batch_size": 2, "num_inference_steps": 6}
-    whole, out = evaluate(tmp_path / "whole", **flags), tmp_path / "out"
-    for count in (3, 20):
-        server.start(evaluation_flags(out, **flags), module="evaluate_smpo")
-        wait_for(lambda: len(images_in(out)) >= count)
+def test_a_killed_run_goes_on_with_what_it_has(damaged, tmp_path, server):
+    """Killed in the midst of the base's images, and of its scores."""
+    flags = evaluation_flags(tmp_path, models=f"damaged={damaged}", max_prompts=4, batch_size=1)
+    for done in (lambda: len(images_in(tmp_path)) >= 3, lambda: len(scores_in(tmp_path)) >= 2):
+        server.start(flags, module="evaluate_smpo")
+        wait_for(done)
         server.end()
-        before = images_in(out)
-        assert count <= len(before) < 32
-        assert all(Image.open(out / path).size == (64, 64) for path in before)
-    assert server.run(evaluation_flags(out, **flags), module="evaluate_smpo") == 0
-    assert before.items() <= images_in(out).items() and len(images_in(out)) == 32
-    assert not list(out.rglob("*.tmp"))
-    results = read_results(out)
-    assert results["damaged"]["win_rate"] == pytest.approx(whole["damaged"]["win_rate"], abs=0.04)
-    assert results["base"]["mean"] == pytest.approx(whole["base"]["mean"], abs=0.05)  # another batch, another last bit
+        images, scores = images_in(tmp_path), scores_in(tmp_path)
+        assert len(images) < 8 and all(Image.open(tmp_path / path).size == (64, 64) for path in images)
+    assert server.run(flags, module="evaluate_smpo") == 0
+    assert images.items() <= images_in(tmp_path).items() and len(images_in(tmp_path)) == 8
+    assert scores.items() <= scores_in(tmp_path).items()
+    assert sum(map(len, scores_in(tmp_path).values())) == 8  # none is scored twice
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_score_that_is_no_number_is_refused(copy, tmp_path):
+    """It is named with its image; what was scored before is kept."""
+    folder, flags = copy
+    shutil.rmtree(folder / "scores")
+    reward = shutil.copytree(TINY / "pickscore", tmp_path / "reward")
+    weights = load_file(reward / "model.safetensors")
+    weights["visual_projection.weight"][0, 0] = math.nan
+    save_file(weights, reward / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="broken gives nan to .*images/base/00000-.*png"):
+        evaluate(folder, **{**flags, "reward_model": [TINY / "pickscore", f"broken={reward}"], "batch_size": 2})
+    kept = scores_in(folder)
+    assert [len(of_batch) for of_batch in kept.values()] == [2]
+    evaluate(folder, **{**flags, "reward_model": TINY / "pickscore"})
+    assert kept.items() <= scores_in(folder).items() and sum(map(len, scores_in(folder).values())) == 72
+
+
+def test_nothing_is_scored_twice_and_no_other_image_is_mistaken(copy):
+    folder, flags = copy
+    first, before, files = read_results(folder), images_in(folder), scores_in(folder)
+    for path in folder.glob("scores/*.json"):
+        kept = json.loads(path.read_text())
+        path.write_text(json.dumps({key: 2.0 if "/same/" in key else score for key, score in kept.items()}))
+    more = evaluate(folder, **{**flags, "reward_model": [TINY / "pickscore", f"more={TINY / 'pickscore'}"]})
+    assert more["same"]["mean"] == read_results(folder, "more")["same"]["mean"] == 2  # known by what it is
+    assert images_in(folder) == before and scores_in(folder).keys() == files.keys()
+    for path in list((folder / "images" / "same").iterdir())[1:]:
+        path.touch()  # other images, which are scored again; and one is drawn again
+    next((folder / "images" / "same").iterdir()).unlink()
+    again = evaluate(folder, **flags)
+    assert again["same"]["mean"] == pytest.approx(first["same"]["mean"]) and again["damaged"] == first["damaged"]
 
 
 def test_images_of_something_else_are_not_mistaken(damaged, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(damaged, model)
-    flags = {"models": f"mine={model}", "max_prompts": 4}
-    evaluate(tmp_path / "out", **flags)
-    before = images_in(tmp_path / "out")
-    for change, message in [
-        ({"guidance_scale": 2.0}, "--guidance_scale: 1.0 then, 2.0 now"),
-        ({"max_prompts": 5}, "prompts: "),
-        ({"models": [f"mine={TINY / 'sd15'}"]}, "model mine: "),
-    ]:
-        with pytest.raises(ValueError, match=f"(?s)--output_dir .* holds images of something else:.*{message}"):
-            evaluate(tmp_path / "out", **{**flags, **change})
-    results = evaluate(tmp_path / "out", **{**flags, "models": [f"mine={model}", f"more={TINY / 'sd15'}"]})
-    assert before.items() <= images_in(tmp_path / "out").items() and results["more"]["win_rate"] == 0.5
+    """Whatever makes an image, if it changes, makes another file; what does not leaves it."""
+    model = shutil.copytree(damaged, tmp_path / "model")
+
+    def images_of(name, **flags):
+        args = parse_args(evaluation_flags(tmp_path, **{"models": f"mine={model}", "dtype": "float32", **flags}))
+        jobs = evaluate_smpo.list_jobs(evaluate_smpo.locate_models(args), load_prompts(args), args)
+        return {job.image for job in jobs if job.model == name}
+
+    base, mine = images_of("base"), images_of("mine")
+    for flag, value in [
+        ("guidance_scale", 2.0), ("num_inference_steps", 3), ("resolution", 32), ("dtype", "bfloat16"), ("seed", 9),
+        ("prompts_path", TINY / "pairs" / "train.parquet"), ("num_images_per_prompt", 2),
+        ("pretrained_model_name_or_path", shutil.copytree(TINY / "sd15", tmp_path / "sd15")),
+    ]:  # fmt: skip
+        assert len(base & images_of("base", **{flag: value})) <= (flag == "num_images_per_prompt"), flag
+        assert len(mine & images_of("mine", **{flag: value})) <= (flag == "num_images_per_prompt"), flag
+    assert mine == images_of("mine", models=[SAME, f"mine={model}"], batch_size=1) < images_of("mine", max_prompts=4)
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1  # trained further, say
-    weights.write_bytes(data)
-    with pytest.raises(ValueError, match="(?s)holds images of something else:.*model mine"):
-        evaluate(tmp_path / "out", **flags)
+    weights.write_bytes(weights.read_bytes())  # trained further, say
+    assert not mine & images_of("mine") and base == images_of("base")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -198,50 +285,23 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="record.json cannot be written .disk full.*start the same command again"):
         evaluate_smpo.save_whole(tmp_path / "record.json", fail_halfway)
     assert (tmp_path / "record.json").read_text() == "old"
-    with pytest.raises(UserError, match="record.json/x/evaluation_args.json cannot be written"):
-        evaluate(tmp_path / "record.json" / "x", models=f"mine={TINY / 'sd15'}")
+    with pytest.raises(UserError, match="record.json/images/base/.* cannot be written"):
+        evaluate(tmp_path / "record.json")
 
 
 def test_two_processes_share_the_work(damaged, tmp_path, server):
-    flags = {"models": f"damaged={damaged}", "max_prompts": 9, "batch_size": 2}
+    flags = {"models": f"damaged={damaged}", "max_prompts": 5, "batch_size": 2}
     one = evaluate(tmp_path / "one", **flags)
-    assert server.run(evaluation_flags(tmp_path / "two", **flags), module="evaluate_smpo", **TWO_PROCESSES) == 0, (
-        server.output()
-    )
+    args = evaluation_flags(tmp_path / "two", report_to="tensorboard", **flags)
+    assert server.run(args, module="evaluate_smpo", **TWO_PROCESSES) == 0, server.output()
     assert server.output().count("Images, scores and pictures are in") == 1
     two = read_results(tmp_path / "two")
+    assert read_logs(tmp_path / "two")["pickscore/all/damaged/win_rate"] == [pytest.approx(two["damaged"]["win_rate"])]
     assert two["damaged"]["mean"] == pytest.approx(one["damaged"]["mean"], abs=0.05)
     assert images_in(tmp_path / "one").keys() == images_in(tmp_path / "two").keys()
-    kept = [json.loads(path.read_text()) for path in sorted((tmp_path / "two" / "scores").iterdir())]
-    assert len({**kept[0], **kept[1]}) == 18 and min(map(len, kept)) >= 8
+    assert sorted(len(kept) for kept in scores_in(tmp_path / "two").values()) == [1, 1, 2, 2, 2, 2]  # once each
     # One process finds the scores of two: it takes them, and another batch would give another last bit.
     assert evaluate(tmp_path / "two", **flags) == two
-
-
-def test_nothing_is_scored_twice_and_no_other_image_is_mistaken(tmp_path):
-    first = evaluate(tmp_path)
-    path = tmp_path / "scores" / "0.json"
-    kept = json.loads(path.read_text())
-    kept.update({key: 2.0 for key in kept if key.startswith("images/same/")})
-    path.write_text(json.dumps(kept))
-    more = evaluate(tmp_path, reward_model=[TINY / "pickscore", f"more={TINY / 'pickscore'}"])
-    assert more["same"]["mean"] == read_results(tmp_path, "more")["same"]["mean"] == 2  # known by what it is
-    shutil.rmtree(tmp_path / "images" / "same")  # they are drawn and scored again
-    assert evaluate(tmp_path)["same"]["mean"] == first["same"]["mean"]
-
-
-def test_the_best_checkpoint_of_a_run(lora_run, tmp_path):
-    results = evaluate(tmp_path / "out", models=None, run_dir=lora_run, max_prompts=6)
-    assert list(results) == ["base", "checkpoint-4", "checkpoint-8", "checkpoint-12"]
-    assert results["checkpoint-12"]["mean"] != results["checkpoint-4"]["mean"]
-    best = json.loads((tmp_path / "out" / "results.json").read_text())["best"]
-    assert best["win_rate"] == max(row["win_rate"] for name, row in results.items() if name != "base")
-    assert best["model"] == f"checkpoint-{best['step']}" and 0 <= best["win_rate_on_other_half"] <= 1
-    sentence = (tmp_path / "out" / "results.md").read_text().splitlines()[0]
-    assert f"**{best['model']}** is the best of 3 checkpoints under pickscore: it wins over the base" in sentence
-    assert "optimistic" in sentence and f"wins {best['win_rate_on_other_half']:.1%} on the other half" in sentence
-    with pytest.raises(UserError, match="--run_dir .*no folders named checkpoint-STEP"):
-        evaluate(tmp_path / "none", run_dir=tmp_path)
 
 
 # The Hub
@@ -262,143 +322,51 @@ def test_models_of_the_hub(damaged, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     commits = [push(tmp_path / "hub", "me/base", TINY / "sd15"), push(tmp_path / "hub", "me/unet", damaged / "unet")]
     reward = push(tmp_path / "hub", "me/pick", TINY / "pickscore")
-    flags = {"pretrained_model_name_or_path": "me/base", "reward_model": "me/pick"}
+    flags = {"pretrained_model_name_or_path": "me/base", "reward_model": "me/pick", "max_prompts": 1}
     flags["models"] = ["hub=me/unet", f"local={damaged}"]
     evaluate(tmp_path / "out", **flags)
-    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    record = read_record(tmp_path / "out")
     assert [record["models"][name] for name in ("base", "hub")] == [f"me/base@{commits[0]}", f"me/unet@{commits[1]}"]
     pick = record["rewards"]["pick"]
     assert pick["reward_model"] == pick["reward_processor"] == "me/pick"
     assert pick["revision"] == pick["processor_revision"] == reward
     results = read_results(tmp_path / "out", "pick")
     assert results["hub"]["mean"] == results["local"]["mean"] != results["base"]["mean"]
-    push(tmp_path / "hub", "me/unet", TINY / "sd15" / "unet")
-    with pytest.raises(UserError, match=f"(?s)holds images of something else:.*model hub: me/unet@{commits[1]} then"):
-        evaluate(tmp_path / "out", **flags)
+    before, again = images_in(tmp_path / "out"), push(tmp_path / "hub", "me/unet", TINY / "sd15" / "unet")
+    evaluate(tmp_path / "out", **flags)
+    results, drawn = read_results(tmp_path / "out", "pick"), images_in(tmp_path / "out").keys() - before.keys()
+    assert results["hub"]["mean"] == results["base"]["mean"] and [path.split("/")[1] for path in drawn] == ["hub"]
+    assert read_record(tmp_path / "out")["models"]["hub"] == f"me/unet@{again}"
     push(tmp_path / "hub", "me/unet", TINY / "pairs")
     with pytest.raises(UserError, match="--models hub=me/unet holds test.parquet, train.parquet"):
-        evaluate(tmp_path / "new", **flags)
-    assert not (tmp_path / "new").exists()
+        evaluate(tmp_path / "out", **flags)
 
 
-def test_a_lora_of_the_hub_is_known_before_it_is_downloaded(tmp_path, monkeypatch):
-    repository = tmp_path / "root" / "me" / "lora"
-    repository.mkdir(parents=True)
-    (repository / "style.safetensors").write_bytes(b"")
-    routes = [(pattern.replace("/api/datasets/", "/api/models/"), name) for pattern, name in hub_server.ROUTES]
+def test_of_the_hub_only_what_tells_is_downloaded(tmp_path, monkeypatch):
+    """A LoRA, or a model's configuration; and which commit it is of."""
+    shutil.copytree(TINY / "sd15", tmp_path / "root" / "me" / "base")
+    (tmp_path / "root" / "me" / "lora").mkdir()
+    (tmp_path / "root" / "me" / "lora" / "style.safetensors").write_bytes(b"")
+    routes = [(pattern.replace("/datasets/", "/models/").replace(" /models/", " /"), name)
+              for pattern, name in hub_server.ROUTES]  # fmt: skip
     monkeypatch.setattr(hub_server, "ROUTES", routes)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with hub_server.serve(tmp_path / "root") as hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        source = evaluate_smpo.locate("models", "me/lora")
-        assert source.kind == ("lora", "style.safetensors") and source.identity == f"me/lora@{source.commit}"
-        assert [path for _, path, _ in hub.requests] == ["/api/models/me/lora"]
+        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        lora, base = (evaluate_smpo.locate("models", name) for name in ("me/lora", "me/base"))
+        assert lora.kind == ("lora", "style.safetensors") and lora.identity == f"me/lora@{lora.commit}"
+        assert base.kind == ("pipeline", None) and len(base.commit) == 40
+        read = {path.rsplit("/", 1)[1] for _, path, _ in hub.requests if "/resolve/" in path}
+        assert read == {"style.safetensors", "model_index.json", "config.json"}
         with pytest.raises(UserError, match="(?s)--models me/none cannot be loaded: .*Repository Not Found"):
             evaluate_smpo.locate("models", "me/none")
 
 
-# Prompts and rewards
-
-
-def parsed(**flags):
-    flags = {"pretrained_model_name_or_path": "x", "models": SAME, "output_dir": "x", **flags}
-    return parse_args(command_line(**flags))
-
-
-def prompts_of(**flags):
-    """`{prompt: group}` that flags name."""
-    return load_prompts(parsed(**flags))
-
-
-def test_prompts_in_every_format(tmp_path):
-    """HPDv2's four files of styles and Parti-Prompts' table are read as they are published."""
-    hpd = []
-    for style in ("anime", "concept-art", "paintings", "photo"):
-        hpd.append(tmp_path / f"{style}.json")
-        hpd[-1].write_text(json.dumps([f"{style} one", f"{style} two", "the same in all"]))
-    groups = prompts_of(prompts_path=hpd)
-    assert list(groups)[:4] == ["anime one", "anime two", "the same in all", "concept-art one"]
-    assert list(groups.values()) == ["anime"] * 3 + ["concept-art"] * 2 + ["paintings"] * 2 + ["photo"] * 2
-
-    parti = tmp_path / "PartiPrompts.tsv"
-    parti.write_text('Prompt\tCategory\tChallenge\tNote\na "red" bee\tAnimals\tBasic\t\na boat\tVehicles\tBasic\tx\n')
-    assert prompts_of(prompts_path=parti, group_column="Category") == {'a "red" bee': "Animals", "a boat": "Vehicles"}
-    assert prompts_of(prompts_path=parti) == {'a "red" bee': None, "a boat": None}
-
-    for name, text in [("bom.txt", "a boat\n"), ("bom.csv", "caption\na boat\n"), ("bom.json", '["a boat"]')]:
-        (tmp_path / name).write_text(text, encoding="utf-8-sig")
-        assert prompts_of(prompts_path=tmp_path / name) == {"a boat": None}
-
-    rows = [{"caption": "a, b", "kind": 1}, {"caption": "c", "kind": 2}, {"caption": None, "kind": 2}]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "rows.csv").write_text('caption,kind\n"a, b",1\nc,2\n')
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    for name in ("rows.json", "rows.jsonl", "rows.csv", "rows.parquet"):
-        assert prompts_of(prompts_path=tmp_path / name, group_column="kind") == {"a, b": "1", "c": "2"}
-    assert prompts_of(dataset_name=tmp_path / "rows.parquet", group_column="kind", max_prompts=1) == {"a, b": "1"}
-
-
-@pytest.mark.parametrize(
-    "name, text, message",
-    [
-        ("bad.json", '{"a": 1}', "bad.json cannot be loaded: "),
-        ("mixed.json", '["a", {"caption": "b"}]', "--caption_column caption holds {'caption': 'b'}, which is no text"),
-        ("half.json", '["a", ', "half.json cannot be loaded: "),
-        ("half.jsonl", '{"caption": "a"}\n{"caption', "half.jsonl cannot be loaded: "),
-        ("empty.txt", "\n", "There are no prompts in .*empty.txt"),
-        ("empty.csv", "caption,kind\n", "There are no prompts in .*empty.csv"),
-        ("nothing.csv", "", "nothing.csv cannot be loaded: "),
-        ("latin.txt", "une fianc\udce9e", "(?s)latin.txt cannot be loaded: 'utf-8' codec .*UTF-8: txt"),
-        ("number.json", '[{"caption": 7}]', "--caption_column caption holds 7, which is no text"),
-        ("text.csv", "text,kind\na,b\n", "text.csv .* no column for --caption_column caption, but text, kind"),
-        ("style.tsv", "Prompt\tkind\na\tb\n", None),
-        ("style.tsv", "Prompt\tcolor\na\tb\n", "no column for --group_column kind, but Prompt, color"),
-    ],
-)
-def test_bad_prompts_are_named(name, text, message, tmp_path):
-    (tmp_path / name).write_text(text, errors="surrogateescape")
-    flags = {"prompts_path": tmp_path / name, "group_column": "kind" if name == "style.tsv" else None}
-    if message is None:
-        assert prompts_of(**flags) == {"a": "b"}
-    else:
-        with pytest.raises(UserError, match=message):
-            prompts_of(**flags)
-
-
-def test_of_a_data_set_one_column_of_one_split_is_read(tmp_path):
-    """All of the other split, and the pictures in this one, are overwritten with zeros."""
-    folder = shutil.copytree(TINY / "pairs", tmp_path / "pairs")
-    for path in folder.iterdir():
-        data = bytearray(path.read_bytes())
-        metadata = pq.ParquetFile(path).metadata
-        for group, i in itertools.product(range(metadata.num_row_groups), range(metadata.num_columns)):
-            column = metadata.row_group(group).column(i)
-            if path.stem == "train" or column.path_in_schema.startswith("jpg"):
-                start = column.dictionary_page_offset or column.data_page_offset
-                data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
-        path.write_bytes(data)
-    flags = {"split": "test", "max_prompts": 5, "group_column": "model_0"}
-    found = prompts_of(dataset_name=folder, **flags)
-    assert found == prompts_of(dataset_name=TINY / "pairs", **flags) and len(found) == 5
-    with pytest.raises(UserError, match="(?s)--dataset_split_name validation cannot be loaded: .*validation"):
-        prompts_of(dataset_name=TINY / "pairs", split="validation")
-    with pytest.raises(UserError, match="no column for --group_column x"):
-        prompts_of(dataset_name=TINY / "pairs", split="test", group_column="x")
-
-
-def test_tables_are_safe_to_open(damaged, tmp_path):
-    """Neither Markdown nor a spreadsheet runs what a file of prompts holds."""
-    rows = [{"caption": "=1+1", "kind": "<img src=x onerror=alert(1)>|*a*"}, {"caption": "-2", "kind": "@b"}]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    evaluate(
-        tmp_path / "out", models=f"damaged={damaged}", group_column="kind", prompts_path=tmp_path / "rows.json",
-    )  # fmt: skip
-    text = (tmp_path / "out" / "results.md").read_text()
-    assert r"&lt;img src=x onerror=alert(1)&gt;\|\*a\* prompts (1, too few prompts" in text and "<img" not in text
-    cells = [(row["prompt"], row["group"]) for row in read_table(tmp_path / "out" / "scores.csv")]
-    assert cells[:2] == [("'=1+1", rows[0]["kind"]), ("'-2", "'@b")]
+# Pages
 
 
 class Tags(HTMLParser):
@@ -420,132 +388,215 @@ class Tags(HTMLParser):
         return [(attributes, text.strip()) for name, attributes, text in self.found if name == tag]
 
 
-def test_gallery(damaged, tmp_path):
+def test_gallery(whole):
     """What it shows of whom; nothing of a prompt or group becomes a tag; gains are those of the table."""
-    evil = '</td><script>alert(1)</script>"'
-    rows = [{"caption": evil, "kind": '"><img src=x>'}, {"caption": "a red circle", "kind": "b"}]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    flags = {"group_column": "kind", "prompts_path": tmp_path / "rows.json", "num_images_per_prompt": 2}
-    results = evaluate(tmp_path / "out", models=[SAME, f"damaged={damaged}"], **flags)
-    tags = Tags((tmp_path / "out" / "gallery.html").read_text())
-    assert len(tags.of("script")) == 1 and len(tags.of("img")) == len(tags.of("a")) == 3 * 2 * 2
-    scores = read_table(tmp_path / "out" / "scores.csv")
-    score_of = {row["image"]: float(row["pickscore"]) for row in scores}
-    assert {attributes["src"] for attributes, _ in tags.of("img")} == score_of.keys()
+    folder = whole[0] / "out"
+    page, scores, results = (
+        (folder / "gallery.html").read_text(),
+        read_table(folder / "scores.csv"),
+        read_results(folder),
+    )
+    tags, of_image = Tags(page), {row["image"]: row for row in scores}
+    assert len(tags.of("script")) == 1 and "content-visibility: auto" in page
+    assert [text for _, text in tags.of("p")[1:3]] == EVIL and tags.of("i")[0][1] == EVIL_NAME
+    assert {attributes["src"] for attributes, _ in tags.of("img")} == of_image.keys()
     assert all(attributes["loading"] == "lazy" for attributes, _ in tags.of("img"))
-    assert [text for _, text in tags.of("option")][:3] == ["all groups", rows[0]["kind"], "b"]
-    prompts = [text for _, text in tags.of("td") if text]
-    assert prompts == [evil, "a red circle"] and [text for _, text in tags.of("th")] == ["prompt", *results]
-    for (attributes, _), (_, text) in zip(tags.of("img"), tags.of("div")):
-        *others, score = sorted(score_of[path] for path in score_of if path[-11:] == attributes["src"][-11:])
-        own = score_of[attributes["src"]]
-        assert text.split() == ["pickscore", f"{own:.3f}", *["★"] * (own == score)]
-    gains = np.array([json.loads(attributes["data-gains"]) for attributes, _ in tags.of("tr")[1:]])
-    less_base = [results[name]["mean"] - results["base"]["mean"] for name in ("same", "damaged")]
-    assert gains.mean(axis=0) == pytest.approx(less_base)
+    lines = iter(text for _, text in tags.of("br"))
+    for attributes, _ in tags.of("img"):
+        image = of_image[attributes["src"]]
+        rivals = [row for row in scores if (row["prompt"], row["seed"]) == (image["prompt"], image["seed"])]
+        for reward in ("pickscore", "other"):
+            star = float(image[reward]) == max(float(row[reward]) for row in rivals)
+            assert next(lines).split() == [reward, f"{float(image[reward]):.3f}", *["★"] * star]
+    assert [text for _, text in tags.of("option")][3] == "by gain of damaged by pickscore"
+    gains = np.array([json.loads(attributes["data-gains"]) for attributes, _ in tags.of("section")])
+    assert gains.mean(axis=0)[2] == pytest.approx(results["damaged"]["mean"] - results["base"]["mean"])
 
 
-def test_a_blind_page_and_its_votes(damaged, tmp_path):
-    """The page names no model; its sides are in random order; votes become win rates over the base in closed form."""
-    (tmp_path / "prompts.txt").write_text("</script><script>alert(1)\na red circle\na blue cross\n")
-    flags = {"models": f"damaged={damaged}", "prompts_path": tmp_path / "prompts.txt", "num_images_per_prompt": 4}
-    evaluate(tmp_path / "out", **flags, blind=True)
-    page = (tmp_path / "out" / "blind" / "index.html").read_text()
+def read_duels(folder):
+    page = (folder / "blind" / "index.html").read_text()
+    return page, json.loads(re.search("const duels = (.*), key = ", page)[1])
+
+
+def test_a_blind_page_and_its_votes(whole, copy, tmp_path):
+    """The page names no model, its sides are in random order; votes become win rates in closed form, and pairs."""
+    folder, flags = copy
+    stale = folder / "blind" / f"{'0' * 16}.png"  # of an earlier evaluation
+    stale.touch()
+    (folder / "blind" / "mine.png").touch()
+    flags = {**flags, "models": flags["models"][1], "reward_model": TINY / "pickscore"}
+    evaluate(folder, **flags, blind=True)
+    page, duels = read_duels(folder)
+    assert not stale.exists() and len(list((folder / "blind").glob("*.png"))) == 48 + 1
     assert len(Tags(page).of("script")) == 1 and "base" not in page and "damaged" not in page
-    duels = json.loads(re.search("const duels = (.*), key = ", page)[1])
-    of_image = {path.read_bytes(): path.parent.name for path in (tmp_path / "out").glob("images/*/*.png")}
-    sides = [
-        [of_image[(tmp_path / "out" / "blind" / duel[side]).read_bytes()] for side in ("left", "right")]
-        for duel in duels
-    ]
-    assert len(duels) == 12 and all(sorted(pair) == ["base", "damaged"] for pair in sides)
-    assert 0 < sum(pair[0] == "base" for pair in sides) < 12 and len({duel["prompt"] for duel in duels[:4]}) > 1
+    of_image = {path.read_bytes(): path.parent.name for path in folder.glob("images/[bd]*/*.png")}
+    sides = [[of_image[(folder / "blind" / duel[side]).read_bytes()] for side in ("left", "right")] for duel in duels]
+    assert len(duels) == 24 and all(sorted(pair) == ["base", "damaged"] for pair in sides)
+    assert 0 < sum(pair[0] == "base" for pair in sides) < 24 and len({duel["prompt"] for duel in duels[:4]}) > 1
 
-    votes = []  # one person lets the red circles of the damaged model win, the rest of them lose, and ties the others
+    first, second, third = list(dict.fromkeys(duel["prompt"] for duel in duels))[:3]
+    votes = []  # damaged wins at the first prompt, loses at the second, and ties at the third
     for duel, pair in zip(duels, sides):
-        vote = {"a red circle": 1 + pair.index("damaged"), "a blue cross": 1 + pair.index("base")}.get(
-            duel["prompt"], 0
-        )
-        votes.append({"left": duel["left"], "right": duel["right"], "vote": vote})
+        vote = {first: 1 + pair.index("damaged"), second: 1 + pair.index("base"), third: 0}.get(duel["prompt"])
+        votes += [{"left": duel["left"], "right": duel["right"], "vote": vote}] * (vote is not None)
     (tmp_path / "one.json").write_text(json.dumps(votes))
     (tmp_path / "two.json").write_text(json.dumps([vote for vote in votes if vote["vote"]]))
-    evaluate(tmp_path / "out", **flags, votes=[tmp_path / "one.json", tmp_path / "two.json"])
-    row = json.loads((tmp_path / "out" / "results.json").read_text())["win_rates"][-1]
-    assert (row["reward"], row["model"], row["opponent"], row["num_votes"]) == ("votes", "damaged", "base", 20)
-    assert (
-        row["win_rate"] == 0.5 and row["tie_rate"] == 4 / 20 and row["win_rate_low"] < 0.2 < 0.8 < row["win_rate_high"]
-    )
-    assert "20 votes: **damaged** wins over the base 50.0%" in (tmp_path / "out" / "results.md").read_text()
-    (tmp_path / "two.json").write_text('[{"left": "x.png", "right": "y.png", "vote": 1}]')
-    with pytest.raises(
-        UserError, match="(?s)--votes .*two.json cannot be loaded: 'x.png'.*the page of --blind in this"
-    ):
-        evaluate(tmp_path / "out", **flags, votes=[tmp_path / "two.json"])
+    pairs, files = tmp_path / "pairs.parquet", [tmp_path / "one.json", tmp_path / "two.json"]
+    evaluate(folder, **flags, votes=files, pairs_path=pairs)
+    row = read_record(folder)["win_rates"][-1]
+    assert (row["reward"], row["model"], row["opponent"], row["num_votes"]) == ("votes", "damaged", "base", 10)
+    assert row["win_rate"] == pytest.approx(0.5) and row["tie_rate"] == pytest.approx(1 / 3)  # of prompts, not votes
+    assert row["win_rate_low"] < 0.2 < 0.8 < row["win_rate_high"]
+    assert "10 votes: **damaged** wins over the base 50.0%" in (folder / "results.md").read_text()
+
+    rows = pq.read_table(pairs).to_pylist()
+    assert len(rows) == 6 and "soft_label_0" not in rows[0]
+    for row in rows:
+        won = {first: "damaged", second: "base"}.get(row["caption"])
+        assert row["label_0"] == 1 - row["label_1"] == (0.5 if won is None else float(row["model_0"] == won))
+        assert [of_image[row["jpg_0"]], of_image[row["jpg_1"]]] == [row["model_0"], row["model_1"]]
+    hard = {"label_column": "label_0", "gamma": 1, "dataset_name": pairs, "noising": "forward", "rank": 2}
+    assert len(train(tmp_path / "trained", **hard)["loss"]) == 2
 
 
-def test_a_gallery_of_many_prompts_does_not_take_long(tmp_path):
-    jobs = [
-        (name, f"prompt {i}", "ab"[i % 2], seed, f"images/{name}/{i:05d}_{seed}.png", float(i))
-        for name, i, seed in itertools.product(("base", "one", "two"), range(2000), (0, 1))
-    ]
-    table, start = pd.DataFrame(jobs, columns=[*evaluate_smpo.Job._fields, "pick"]), time.monotonic()
-    evaluate_smpo.write_gallery(table, ["pick"], argparse.Namespace(output_dir=tmp_path))
-    assert (tmp_path / "gallery.html").stat().st_size < 5e6 and time.monotonic() - start < 60
+@pytest.mark.parametrize("votes, message", [
+    ([{"left": "x.png", "right": "y.png", "vote": 1}], "'x.png'"),  # of another evaluation
+    ([{"vote": 3}], "3"),
+])  # fmt: skip
+def test_other_votes_are_refused(votes, message, copy, tmp_path):
+    _, duels = read_duels(copy[0])
+    (tmp_path / "votes.json").write_text(json.dumps([{**duels[0], **vote} for vote in votes]))
+    with pytest.raises(UserError, match=f"(?s)--votes .* cannot be loaded: {message}\n.*the page of --blind in this"):
+        evaluate(copy[0], **copy[1], votes=tmp_path / "votes.json")
 
 
-def test_a_score_that_is_no_number_is_refused(tmp_path):
-    reward = shutil.copytree(TINY / "pickscore", tmp_path / "reward")
-    weights = load_file(reward / "model.safetensors")
-    weights["visual_projection.weight"][0, 0] = math.nan
-    save_file(weights, reward / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="broken gives nan to .*images/base/00000_0.png"):
-        evaluate(tmp_path, reward_model=f"broken={reward}")
-    before = images_in(tmp_path)
-    assert len(before) == 3
-    evaluate(tmp_path)
-    assert before.items() <= images_in(tmp_path).items()
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_keys_of_the_blind_page(whole):
+    """Its own script, in an engine without a browser: 1, 2 and 0 are votes, and nothing else is."""
+    page, duels = read_duels(whole[0] / "out")
+    script = re.search("<script>(.*)</script>", page, re.S)[1]
+    keys = ["3", "a", "1", "Enter", " ", "01", "12", "F1", "2", "0"]
+    stands_in = f"""
+        const stored = {{}}, document = {{ getElementById: () => ({{}}) }}
+        const localStorage = {{ getItem: name => stored[name] || null, setItem: (name, text) => stored[name] = text }}
+        {script}
+        for (const key of {json.dumps(keys)}) document.onkeydown({{ key }})
+        for (const held of ["repeat", "ctrlKey", "metaKey", "altKey"]) document.onkeydown({{ key: "1", [held]: true }})
+        console.log(Object.values(stored)[0])
+    """
+    votes = json.loads(subprocess.run(["node", "-e", stands_in], capture_output=True, text=True, check=True).stdout)
+    assert [vote["vote"] for vote in votes] == [1, 2, 0]
+    assert [vote["left"] for vote in votes] == [duel["left"] for duel in duels[:3]]
 
 
-def test_several_rewards_and_groups(damaged, tmp_path):
-    """The aesthetic head with weights laid out as LAION's, against the same layers written down."""
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(*sizes) for sizes in ((64, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))]
-    weights = {}
-    for number, layer in zip((0, 2, 4, 6, 7), layers):  # dropout lies between
-        weights.update({f"layers.{number}.{name}": value for name, value in layer.state_dict().items()})
-    folder = shutil.copytree(TINY / "pickscore", tmp_path / "head")
-    torch.save(weights, folder / "aesthetic-model.pth")
-    results = evaluate(
-        tmp_path / "out", models=f"damaged={damaged}", group_column="model_0", max_prompts=12,
-        reward_model=[f"one={TINY / 'pickscore'}", TINY / "pickscore", f"aesthetic={folder}"],
-    )  # fmt: skip
-    again = read_results(tmp_path / "out", "one")
-    assert again["damaged"]["median"] == results["damaged"]["median"]
-    groups = {row["group"] for row in json.loads((tmp_path / "out" / "results.json").read_text())["results"]}
-    assert len(groups) > 2 and "all" in groups
-    counts = [read_results(tmp_path / "out", group=group)["base"]["num_prompts"] for group in groups - {"all"}]
-    assert sum(counts) == 12
+# Pairs
 
-    model = CLIPModel.from_pretrained(TINY / "pickscore").float()
-    processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
-    row = read_table(tmp_path / "out" / "scores.csv")[15]
-    inputs = processor.image_processor(Image.open(tmp_path / "out" / row["image"]), return_tensors="pt")
-    with torch.no_grad():
-        features = model.visual_projection(model.vision_model(inputs["pixel_values"]).pooler_output)
-        x = features / features.norm()
-        for layer in layers:
-            x = layer(x)
-    assert float(row["aesthetic"]) == pytest.approx(x.item(), abs=1e-5)
-    assert "**aesthetic**" in (tmp_path / "out" / "results.md").read_text()
+
+def test_pairs_are_what_training_takes(whole, tmp_path):
+    """The best and the worst of a prompt: columns, labels in closed form, and two steps on them."""
+    pairs, scores = whole[0] / "pairs.parquet", read_table(whole[0] / "out" / "scores.csv")
+    rows, values = pq.read_table(pairs).to_pylist(), [float(row["pickscore"]) / 100 for row in scores]
+    of_image = {(row["model"], row["seed"], row["prompt"].removeprefix("'")): row for row in scores}
+    assert len(rows) == 12 == len({row["ranking_id"] for row in rows})
+    for row in rows:
+        sides = [of_image[row[f"model_{i}"], str(row[f"seed_{i}"]), row["caption"]] for i in (0, 1)]
+        first, second = (float(side["pickscore"]) for side in sides)
+        of_prompt = [float(side["pickscore"]) for key, side in of_image.items() if key[2] == row["caption"]]
+        assert {first, second} == {min(of_prompt), max(of_prompt)}
+        assert (row["score_0_pickscore"], row["score_1_other"]) == (first, second)
+        gap = (first - second) / 100 / (max(values) - min(values))  # the range of a published reward is its own
+        assert row["soft_label_0"] == pytest.approx(1 / (1 + math.exp(-gap)), rel=1e-9)
+        assert (row["label_0"], row["label_1"]) == (float(first > second), float(second > first))
+        for i, side in enumerate(sides):
+            assert row[f"jpg_{i}"] == (whole[0] / "out" / side["image"]).read_bytes()
+            assert row[f"image_{i}_uid"] == hashlib.sha256(row[f"jpg_{i}"]).hexdigest()
+    assert 0 < sum(row["label_0"] for row in rows) < 12  # the order says nothing
+    assert len(train(tmp_path / "trained", dataset_name=pairs, noising="forward", rank=2)["loss"]) == 2
+    with pytest.raises(UserError, match="--pairs_path .*pairs.parquet exists: move it away"):
+        parse_args(evaluation_flags(tmp_path, pairs_path=pairs))
+
+
+def test_pairs_of_the_base_alone_and_of_images_that_do_not_differ(tmp_path):
+    pairs, alone = tmp_path / "pairs.parquet", {"models": None, "num_images_per_prompt": 3, "pairs": "all"}
+    assert list(evaluate(tmp_path / "out", **alone, pairs_path=pairs)) == ["base"]
+    assert len(pq.read_table(pairs)) == 3 * 3
+    with pytest.raises(UserError, match="--pairs_path .*stays unwritten: of no prompt do two images differ"):
+        evaluate(tmp_path / "same", pairs_path=tmp_path / "none.parquet")
+    assert not (tmp_path / "none.parquet").exists() and (tmp_path / "same" / "results.md").is_file()
+
+
+# Prompts
+
+
+def prompts_of(*paths, **flags):
+    """`{prompt: group}` of files."""
+    flags = {"pretrained_model_name_or_path": "x", "models": SAME, "output_dir": "x", **flags}
+    return load_prompts(parse_args(command_line(prompts_path=list(paths), **flags)))
+
+
+def test_prompts_in_every_format(tmp_path):
+    """HPDv2's four files of styles and Parti-Prompts' table are read as they are published."""
+    hpd = []
+    for style in ("anime", "concept-art", "paintings", "photo"):
+        hpd.append(tmp_path / f"{style}.json")
+        hpd[-1].write_text(json.dumps([f"{style} one", f"{style} two", "the same in all"]))
+    groups = prompts_of(*hpd)
+    assert list(groups)[:4] == ["anime one", "anime two", "the same in all", "concept-art one"]
+    assert list(groups.values()) == ["anime"] * 3 + ["concept-art"] * 2 + ["paintings"] * 2 + ["photo"] * 2
+    parti = tmp_path / "PartiPrompts.tsv"
+    parti.write_text('Prompt\tCategory\tChallenge\tNote\na "red" bee\tAnimals\tBasic\t\na boat\tVehicles\tBasic\tx\n')
+    assert prompts_of(parti, caption_column="Prompt") == {'a "red" bee': None, "a boat": None}
+
+    for name, text in [
+        ("bom.txt", "a boat\n\n a boat\n"),
+        ("bom.csv", "caption\na boat\n"),
+        ("bom.json", '["a boat"]'),
+    ]:
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert prompts_of(tmp_path / name) == {"a boat": None}
+    rows = [{"caption": "a, b", "kind": 1}, {"caption": "c", "kind": 2}, {"caption": None, "kind": 2}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows.csv").write_text('caption,kind\n"a, b",1\nc,2\n')
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    for name in ("rows.json", "rows.jsonl", "rows.csv", "rows.parquet"):
+        assert prompts_of(tmp_path / name) == {"a, b": None, "c": None}
+    assert prompts_of(tmp_path / "rows.parquet", max_prompts=1) == {"a, b": None}
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("no.txt", None, "no.txt cannot be loaded: .*No such file"),
+        ("prompts.doc", "a", "prompts.doc cannot be loaded: .*\nAccepted: UTF-8: txt with"),
+        ("mixed.json", '["a", {"caption": "b"}]', "--caption_column caption holds {'caption': 'b'}, which is no text"),
+        ("half.jsonl", '{"caption": "a"}\n{"caption', "half.jsonl cannot be loaded: "),
+        ("empty.txt", "\n", "--prompts_path .*empty.txt has no prompts"),
+        ("empty.csv", "caption,kind\n", "--prompts_path .*empty.csv has no prompts"),
+        ("latin.txt", "une fianc\udce9e", "(?s)latin.txt cannot be loaded: 'utf-8' codec .*UTF-8: txt"),
+        ("text.csv", "text,kind\na,b\n", "text.csv .* no --caption_column caption, but text, kind"),
+        ("text.parquet", "text", "text.parquet cannot be loaded: .*caption"),
+    ],
+)
+def test_bad_prompts_are_named(name, text, message, tmp_path):
+    if name == "text.parquet":
+        pd.DataFrame({text: ["a"]}).to_parquet(tmp_path / name)
+    elif text is not None:
+        (tmp_path / name).write_text(text, errors="surrogateescape")
+    with pytest.raises(UserError, match=message):
+        prompts_of(tmp_path / name)
 
 
 # Statistics
 
 
 def test_statistics_in_closed_form():
-    base, tuned = np.array([[1.0], [2.0], [3.0], [4.0]]), np.array([[2.0], [2.0], [2.0], [5.0]])
-    assert wins(tuned, base).ravel().tolist() == [1, 0.5, 0, 1]
-    results, duels = summarise({"r": {"base": base, "tuned": tuned}}, ["a", "a", "b", "b"], seed=0)
+    table = pd.DataFrame({
+        "model": ["base"] * 4 + ["tuned"] * 4, "prompt": list("wxyz") * 2, "group": list("aabb") * 2,
+        "r": [1.0, 2.0, 3.0, 4.0, 2.0, 2.0, 2.0, 5.0],
+    })  # fmt: skip
+    assert wins(table["r"].to_numpy()[4:], table["r"].to_numpy()[:4]).tolist() == [1, 0.5, 0, 1]
+    results, duels = summarise(table, ["r"], seed=0)
     key = {"reward": "r", "group": "all", "model": "base", "median": 2.5, "mean": 2.5, "num_prompts": 4}
     assert key.items() <= results[0].items()
     lost, won = duels[:2]
@@ -555,14 +606,13 @@ def test_statistics_in_closed_form():
     assert found[1:] == [("a", 0.75), ("b", 0.5)]
     text = evaluate_smpo.as_markdown(results, duels)
     assert "| tuned | 2.000 (2.000 to 5.000) | -0.500 (" in text and "| 2.750 | 62.5% (" in text
-    assert "**r**, b prompts (2, too few prompts for an interval to mean much)" in text
+    assert "| r | b (2, too few for an interval to mean much) |" in text
 
 
 def test_interval_of_what_is_wholly_won_or_lost():
     """Wilson's interval ends where the score test of that rate gives z: |rate - end| = z sqrt(end (1 - end) / n)."""
-    for images, num_won, count in itertools.product((1, 3), (0, 1, 12, 24), (24, 500)):
-        values = np.repeat(np.arange(count) < num_won, images).reshape(count, images).astype(float)
-        ends = win_interval(values.mean(axis=1), resample_prompts(count, 0))
+    for num_won, count in itertools.product((0, 1, 12, 24), (24, 500)):
+        ends = win_interval((np.arange(count) < num_won).astype(float), resample_prompts(count, 0))
         rounding = 1e-12 * np.array([-1, 1])  # float64, of numbers below 1
         assert 0 <= ends[0] < ends[1] <= 1 and ends[0] + rounding[0] < num_won / count < ends[1] + rounding[1]
         for end in ends:
@@ -581,17 +631,14 @@ def test_interval_is_the_normal_one_for_many_prompts():
     assert high == pytest.approx(mean + 1.96 * error, abs=0.21 * error)
 
 
-@pytest.mark.parametrize("images", [1, 2])
-def test_medians_of_resamples_are_binomial(images):
-    """Of 25 values, the median of a resample is at most the k-th if 13 draws or more are among the k lowest.
-
-    Twice the same image says nothing new.
-    """
-    values = np.random.default_rng(1).permutation(np.arange(25.0))
-    medians = evaluate_smpo.resampled_medians(np.repeat(values[:, None], images, axis=1), resample_prompts(25, 0))
-    for k in range(1, 26):
-        exact = sum(math.comb(25, j) * (k / 25) ** j * (1 - k / 25) ** (25 - j) for j in range(13, 26))
-        assert (medians <= k - 1).mean() == pytest.approx(exact, abs=5 * 0.5 / math.sqrt(4_000))  # 5 standard errors
+@pytest.mark.parametrize("prompts, images", [(24, 1), (25, 1), (25, 3)])
+def test_medians_of_resamples_are_those_of_the_images_drawn(prompts, images):
+    """Ties among the values, even and odd numbers of images."""
+    values = np.random.default_rng(1).integers(0, 9, (prompts, images)) / 7
+    counts = resample_prompts(prompts, 0)
+    assert (counts.sum(axis=1) == prompts).all() and abs(counts.mean(axis=0) - 1).max() < 5 / math.sqrt(4_000)
+    direct = [np.median(values.repeat(count.astype(int), axis=0)) for count in counts]
+    assert evaluate_smpo.resampled_medians(values, counts).tolist() == direct
 
 
 def test_the_best_on_the_other_half_is_the_mean_over_all_halves():
@@ -599,19 +646,10 @@ def test_the_best_on_the_other_half_is_the_mean_over_all_halves():
     for half in itertools.combinations(range(6), 3):
         rest = [i for i in range(6) if i not in half]
         found.append(rates[rest, rates[list(half)].sum(axis=0).argmax()].mean())
-    assert evaluate_smpo.win_rate_on_other_half(rates, 0) == pytest.approx(
-        np.mean(found), abs=5 * 0.5 / math.sqrt(1000)
-    )  # as above
+    honest = evaluate_smpo.win_rate_on_other_half(rates, 0)
+    assert honest == pytest.approx(np.mean(found), abs=5 * 0.5 / math.sqrt(1000))  # 5 standard errors
     noise = np.random.default_rng(3).integers(0, 2, (200, 40)).astype(float)  # forty checkpoints as good as the base
     assert evaluate_smpo.win_rate_on_other_half(noise, 0) < noise.mean(axis=0).max() - 0.02
-
-
-def test_many_checkpoints_do_not_take_long():
-    """One matrix of weights serves 41 models' 1,640 duels: two seconds, where a bootstrap for each took a minute."""
-    rng, start = np.random.default_rng(0), time.monotonic()
-    models = {f"model-{i}": rng.normal(size=(500, 1)) for i in range(41)}
-    assert len(summarise({"r": models}, [None] * 500, seed=0)[1]) == 41 * 40
-    assert time.monotonic() - start < 25
 
 
 # Mistakes
@@ -619,138 +657,65 @@ def test_many_checkpoints_do_not_take_long():
 
 def test_a_mistake_is_said_alone_and_before_anything_else(tmp_path, monkeypatch, capsys):
     script = ROOT / "evaluate_smpo.py"
-    flags = evaluation_flags(tmp_path / "out", resolution=63, models=None, max_prompts=None)
+    flags = evaluation_flags(tmp_path / "out", models=None, run_dir=tmp_path, reward_model="seed=x")
     monkeypatch.setattr(sys, "argv", [str(script), *flags])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(script), run_name="__main__")
-    assert capsys.readouterr().err.splitlines() == [
-        "evaluate_smpo.py: --resolution must be a multiple of 8, the VAE's factor, got 63.",
-        "Give tuned models with --models, or a run with --run_dir.",
-    ]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"evaluate_smpo.py: --run_dir {tmp_path} has no folders named checkpoint-STEP."
+    assert second.startswith("--reward_model seed=x: 'seed' cannot name it, as it is taken")
 
 
-def test_names_and_paths(tmp_path, monkeypatch, capsys):
+def test_home_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "prompts.txt").write_text("a boat\n")
-    args = parsed(
-        models=["smpo=~/runs/lr=1e-5/checkpoint-50", "~/runs/a=b/last"], prompts_path="~/prompts.txt",
-        output_dir="~/out", reward_model="~/pick", pretrained_model_name_or_path="~/base",
-    )  # fmt: skip
-    assert args.models["smpo"] == f"{tmp_path}/runs/lr=1e-5/checkpoint-50"
+    args = parse_args(evaluation_flags(
+        "~/out", models=["smpo=~/runs/lr=1e-5/checkpoint-50", "~/runs/a=b/last"], reward_model="~/pick",
+        prompts_path="~/prompts.txt",
+    ))  # fmt: skip
+    runs = f"{tmp_path}/runs"
+    assert args.models == {"smpo": f"{runs}/lr=1e-5/checkpoint-50", "last": f"{runs}/a=b/last"}
     assert args.reward_model == {"pick": f"{tmp_path}/pick"}
-    with pytest.raises(UserError, match="--output_dir .*demo.jpg is a file"):
-        parsed(output_dir=TINY / "demo.jpg", dataset_name="x")
-    reward = shutil.copytree(TINY / "pickscore", tmp_path / "reward")
-    (reward / "model.safetensors").write_bytes((reward / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(UserError, match="--reward_model .*reward cannot be loaded: Error while deserializing header"):
-        evaluate(tmp_path / "out", reward_model=reward)
-    with pytest.raises(SystemExit):
-        parsed(num_inference_steps=0)
-    assert "--num_inference_steps: must be positive, got 0" in capsys.readouterr().err
-    assert args.output_dir == f"{tmp_path}/out" and args.pretrained_model_name_or_path == f"{tmp_path}/base"
-
-
-def test_a_comparison_is_of_thumbnails():
-    images = [[Image.new("RGB", (1024, 512))] * 4] * 12
-    assert evaluate_smpo.side_by_side(images, images, ["a"] * 12).size == (8 * 256, 12 * (128 + 23))
+    assert (args.output_dir, args.prompts_path) == (f"{tmp_path}/out", [f"{tmp_path}/prompts.txt"])
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"dataset_name": None}, "Give one of --prompts_path and --dataset_name"),
-        ({"dataset_name": ""}, "--dataset_name is empty. Is a variable of the shell not set?"),
-        ({"prompts_path": "/no/prompts.txt"}, "--prompts_path /no/prompts.txt is not a file"),
-        ({"prompts_path": TINY / "demo.jpg"}, "demo.jpg is not a file that ends in .txt, .json, .jsonl, .csv"),
-        ({"models": None, "blind": True, "pairs_path": "x.parquet"}, "Give tuned models with --models"),
+        ({"prompts_path": None}, "required: --prompts_path"),
+        ({"prompts_path": ""}, "--prompts_path: is empty: is the variable set that it comes from?"),
+        ({"resolution": 63}, "--resolution: must be a multiple of 8, the VAE's factor, got 63"),
+        ({"guidance_scale": math.inf}, "--guidance_scale: must be a number, 0 or more, got inf"),
+        ({"num_inference_steps": 0}, "--num_inference_steps: must be a whole number above 0, got 0"),
+        ({"seed": -1}, "--seed: must be a whole number, 0 or more"),
+    ],
+)
+def test_a_bad_value_is_named(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path, **flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
         ({"models": None}, "Give tuned models with --models, or a run with --run_dir"),
-        ({"reward_model": ["a/x", "b/x"]}, "--reward_model b/x: 'x' cannot name it"),
-        ({"reward_model": "seed=x"}, "--reward_model seed=x: 'seed' cannot name it"),
-        ({"reward_model": "aesthetic=/no/head.pth"}, "(?s)--reward_model /no/head.pth cannot be loaded.*: pick"),
-        ({"reward_model": f"aesthetic={TINY / 'demo.jpg'}"}, "(?s)--reward_model .*demo.jpg cannot be loaded"),
-        ({"reward_model": "clip", "pairs_path": "pairs.parquet"}, "--pairs_path needs --score_range .*by clip"),
+        ({"models": None, "blind": True, "pairs_path": "x.parquet"}, "Give tuned models with --models"),
+        ({"models": None, "pairs_path": "x.parquet"}, "--pairs_path needs two images of a prompt: give --num_images"),
+        ({"pairs_path": "pairs.csv"}, "--pairs_path pairs.csv must end in .parquet"),
+        ({"pairs": "all"}, "--pairs does nothing without --pairs_path"),
         ({"models": ["base=x"]}, "'base' cannot name it"),
         ({"models": ["a=x", "a=y"]}, "'a' cannot name it"),
         ({"models": ["mine=/no/such"]}, "(?s)--models /no/such cannot be loaded.*a file or folder that exists"),
         ({"models": [f"mine={TINY / 'pairs'}"]}, "(?s)--models mine=.*pairs holds test.parquet, .*a pipeline, UNet"),
         ({"models": [f"mine={TINY / 'judge.safetensors'}"]}, "--models .*judge.safetensors cannot be loaded: "),
-        ({"pretrained_model_name_or_path": TINY / "judge.safetensors"}, "no pipeline: .*.from_single_file"),
         ({"models": [f"mine={TINY / 'sd15' / 'vae'}"]}, "--models .*vae cannot be loaded: "),
-        ({"dataset_name": ROOT / "README.md"}, "README.md is a file: give it to --prompts_path"),
+        ({"pretrained_model_name_or_path": TINY / "judge.safetensors"}, "no pipeline: .*.from_single_file"),
         ({"pretrained_model_name_or_path": "no/such"}, "--pretrained_model_name_or_path no/such cannot be loaded"),
-        ({"reward_model": "no/such"}, "--reward_model no/such cannot be loaded"),
-        ({"caption_column": "text"}, "--caption_column text"),
-        ({"guidance_scale": math.inf}, "--guidance_scale must be finite, got inf"),
-        ({"pairs_path": "x.parquet", "models": None}, "--pairs_path needs two images of a prompt: give --num_images"),
-        ({"pairs_path": "pairs.csv"}, "--pairs_path pairs.csv must end in .parquet"),
-        ({"score_range": [1, 0]}, "--score_range must be a MIN and a larger MAX, got 1.0 0.0"),
-        ({"seed": -1}, "--seed must not be negative, got -1"),
+        ({"reward_model": ["a/x", "b/x"]}, "--reward_model b/x: 'x' cannot name it"),
+        ({"reward_model": "aesthetic=/no/head.pth"}, "(?s)--reward_model /no/head.pth cannot be loaded.*: pick"),
         ({"reward_model": TINY / "sd15" / "text_encoder"}, "not a CLIP-style model"),
     ],
 )
 def test_bad_input_is_named(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
         evaluate(tmp_path, **flags)
-
-
-def test_votes_know_their_evaluation(tmp_path):
-    """Two evaluations have the same places, and no name in common."""
-    names = set()
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        for image in ("base.png", "tuned.png"):
-            (tmp_path / folder / image).write_bytes(folder.encode())  # base and tuned alike
-            names.add(evaluate_smpo.blind_name(image, argparse.Namespace(output_dir=tmp_path / folder)))
-    assert len(names) == 4
-
-
-# Pairs
-
-
-def test_pairs_are_what_training_takes(damaged, tmp_path):
-    """Two models, two images a prompt, two rewards: columns, labels in closed form, and two steps on them."""
-    pairs = tmp_path / "pairs.parquet"
-    rewards = [TINY / "pickscore", f"other={TINY / 'pickscore'}"]
-    flags = {"models": f"damaged={damaged}", "num_images_per_prompt": 2, "pairs_path": pairs, "reward_model": rewards}
-    evaluate(tmp_path / "out", **flags, pairs="all", score_range=[-0.5, 0.5])
-    rows, scores = pq.read_table(pairs).to_pylist(), read_table(tmp_path / "out" / "scores.csv")
-    score_of = {(row["prompt"], row["model"], row["seed"]): float(row["pickscore"]) for row in scores}
-    file_of = {(row["prompt"], row["model"], row["seed"]): tmp_path / "out" / row["image"] for row in scores}
-    assert len(rows) == 3 * 6 == len({row["ranking_id"] for row in rows})  # 4 choose 2
-    for row in rows:
-        keys = [(row["caption"], row[f"model_{i}"], str(row[f"seed_{i}"])) for i in (0, 1)]
-        first, second = (score_of[key] for key in keys)
-        assert (row["score_0_pickscore"], row["score_1_pickscore"], row["score_0_other"]) == (first, second, first)
-        assert row["soft_label_0"] == pytest.approx(1 / (1 + math.exp((second - first) / 100)), rel=1e-12)
-        assert (row["label_0"], row["label_1"]) == (float(first > second), float(second > first))
-        assert [row["jpg_0"], row["jpg_1"]] == [file_of[key].read_bytes() for key in keys]
-        assert [row["image_0_uid"], row["image_1_uid"]] == [
-            hashlib.sha256(row[name]).hexdigest() for name in ("jpg_0", "jpg_1")
-        ]
-    assert 0 < sum(row["label_0"] for row in rows) < 18  # the order says nothing
-    assert len(train(tmp_path / "trained", dataset_name=pairs, noising="forward", rank=2)["loss"]) == 2
-
-    pairs.unlink()
-    published = parse_args(evaluation_flags(tmp_path, reward_model="pickscore", pairs_path=pairs)).score_range
-    evaluate(tmp_path / "out", **flags, score_range=list(published))
-    again = pq.read_table(pairs).to_pylist()
-    assert [row["caption"] for row in again] == list(dict.fromkeys(row["caption"] for row in rows))
-    for row in again:
-        of_prompt = [score for (prompt, *_), score in score_of.items() if prompt == row["caption"]]
-        assert {row["score_0_pickscore"], row["score_1_pickscore"]} == {min(of_prompt), max(of_prompt)}
-        gap = row["score_0_pickscore"] - row["score_1_pickscore"]
-        width = 0.28201571106910706 - 0.11543526500463486
-        assert row["soft_label_0"] == pytest.approx(1 / (1 + math.exp(-gap / 100 / width)), rel=1e-9)
-    with pytest.raises(UserError, match="--pairs_path .*pairs.parquet exists: move it away"):
-        evaluate(tmp_path / "out", **flags, score_range=list(published))
-
-
-def test_pairs_of_the_base_alone_and_of_images_that_do_not_differ(tmp_path):
-    pairs, flags = tmp_path / "pairs.parquet", {"score_range": [-1, 1]}
-    assert list(evaluate(tmp_path / "out", models=None, num_images_per_prompt=2, pairs_path=pairs, **flags)) == [
-        "base"
-    ]
-    assert len(pq.read_table(pairs)) == 3
-    with pytest.raises(UserError, match="--pairs_path .*stays unwritten: of no prompt do two images differ"):
-        evaluate(tmp_path / "same", pairs_path=tmp_path / "none.parquet", **flags)
-    assert not (tmp_path / "none.parquet").exists() and (tmp_path / "same" / "results.md").is_file()

@@ -134,9 +134,9 @@ def test_labels_of_a_published_reward(name, small, tmp_path):
 
 
 def test_an_evaluation_by_all_published_rewards(small, tmp_path):
-    """Scores of images, times 100 where they are cosines, and pairs labelled by a reward that is none."""
-    pairs, names = tmp_path / "pairs.parquet", sorted(script.REWARDS, key=lambda name: name != "imagereward")
-    flags = {"reward_model": names, "models": None, "num_images_per_prompt": 2, "score_range": [-1.5, 2.5]}
+    """Scores of images, times 100 where they are cosines, and pairs labelled with PickScore's published range."""
+    pairs, names = tmp_path / "pairs.parquet", list(script.REWARDS)
+    flags = {"reward_model": names, "models": None, "num_images_per_prompt": 2}
     evaluate(tmp_path, **flags, max_prompts=2, pairs_path=pairs)
     record = json.loads((tmp_path / "results.json").read_text())
     assert {name: record["rewards"][name]["revision"] for name in names} == {
@@ -150,8 +150,10 @@ def test_an_evaluation_by_all_published_rewards(small, tmp_path):
         scores = script.REWARDS[name].scale * scorer.score(pixels, [row["prompt"] for row in rows])
         np.testing.assert_allclose([float(row[name]) for row in rows], scores, rtol=0, atol=1e-4)
     for pair in pq.read_table(pairs).to_pylist():
-        gap = pair["score_0_imagereward"] - pair["score_1_imagereward"]
-        assert pair["soft_label_0"] == pytest.approx(1 / (1 + np.exp(-gap / 4)), abs=1e-6)
+        gap = (
+            (pair["score_0_pickscore"] - pair["score_1_pickscore"]) / 100 / (0.28201571106910706 - 0.11543526500463486)
+        )
+        assert pair["soft_label_0"] == pytest.approx(1 / (1 + np.exp(-gap)), rel=1e-9)
 
 
 def test_a_published_reward_from_a_folder_or_file(cache, small, tmp_path):

@@ -61,7 +61,6 @@ DIFFERENT_FLAGS = {
     ("reward_model", "nargs"): "labels are of one reward, an evaluation of several",
     ("reward_model", "default"): "labels are of one reward, an evaluation of several",
     ("reward_model", "help"): "labels are of one reward, an evaluation of several",
-    ("score_range", "help"): "of the labels in one, of pairs to train on in the other",
     ("output_dir", "help"): "the scripts write different things",
     ("batch_size", "help"): "images to score in one, images to draw in the other",
     ("batch_size", "default"): "drawing an image takes more memory than scoring it",
@@ -69,6 +68,7 @@ DIFFERENT_FLAGS = {
     ("streaming", "help"): "scoring reads files in order, training has to shuffle them",
     ("push_to_hub", "help"): "labels in one, a model in the other",
     ("resolution", "default"): "evaluation serves both models",
+    ("report_to", "default"): "an evaluation's folder has all that trackers would get",
 }
 
 

@@ -107,7 +107,7 @@ def test_habits(folder, name):
 
 def test_argument_names_and_help():
     parsers = {script: script_parser(script) for script in SCRIPTS}
-    assert all("--dataset_name" in parser.format_help() for parser in parsers.values())
+    assert all("--caption_column" in parser.format_help() for parser in parsers.values())
     assert not set(ARGUMENTS) - {action.dest for script in TRAINING for action in parsers[script]._actions}
 
 
