@@ -148,7 +148,7 @@ def soft_label(score_0, score_1, score_min, score_max):
     """
     if not -math.inf < score_min < score_max < math.inf:
         raise ValueError(f"score_min must be less than score_max, got {score_min} and {score_max}.")
-    score_0, score_1 = (torch.from_numpy(np.array(score, dtype=np.float64)) for score in (score_0, score_1))
+    score_0, score_1 = (torch.as_tensor(score, dtype=torch.float64) for score in (score_0, score_1))
     return torch.sigmoid((score_0 - score_1) / (score_max - score_min))
 
 
@@ -859,7 +859,7 @@ def make_labels(found, rows, source, commit, args):
 
     Raises `UserError` if there are not two different scores.
     """
-    scores = found["score"].to_numpy()
+    scores = found["score"].to_numpy(copy=True)  # PyTorch warns of arrays that may not be written to
     finite = np.isfinite(scores)
     problems = found["problem"].where(found["problem"].notna() | finite, "the score is not finite")
     problems = [f"image {i % 2}: {text}" if isinstance(text, str) else None for i, text in enumerate(problems)]
