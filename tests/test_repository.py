@@ -1,11 +1,10 @@
-"""What strangers find around the scripts: the workflow, versions, licence headers, and files in their place."""
+"""What strangers find around the scripts: files in their place, an old Python's grammar, licence headers, versions."""
 
 import ast
 import re
 import subprocess
 
 import pytest
-import yaml
 from conftest import ROOT
 
 
@@ -14,7 +13,6 @@ TOP_LEVEL = {
     "evaluate_smpo.py", "pyproject.toml", "relabel_pickapic.py", "requirements.txt", "tests", "train_smpo_sd15.py",
     "train_smpo_sdxl.py",
 }  # fmt: skip
-PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 
 def requirements(name):
@@ -30,24 +28,11 @@ def test_files_at_the_top():
     assert {path.split("/")[0] for path in done.stdout.splitlines()} == TOP_LEVEL
 
 
-def test_the_workflow_runs_what_everyone_runs():
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
-    (job,) = workflow["jobs"].values()
-    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
-    assert job["strategy"]["matrix"]["python"] == PYTHONS
-    assert set(workflow[True]) == {"push", "pull_request"}  # YAML reads `on` as true
-    script = (ROOT / ".ci" / "run").read_text()
-    assert re.findall(r"^make (.*)$", script, re.M) == ["quality", "test"]
-    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
-
-
-def test_the_oldest_python():
-    """The sources have Python 3.10's grammar, and ruff is told so."""
-    assert 'target-version = "py310"' in (ROOT / "pyproject.toml").read_text()
+def test_sources_have_the_grammar_of_python_3_10_and_those_that_travel_a_licence():
     for path in [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         ast.parse(path.read_text(), feature_version=(3, 10))
-    with pytest.raises(SyntaxError):
-        ast.parse("try:\n    pass\nexcept* ValueError:\n    pass\n", feature_version=(3, 10))
+    for path in [*ROOT.glob("*.py"), *(ROOT / "tests" / "benchmarks").glob("*.py")]:
+        assert "Licensed under the Apache License, Version 2.0" in path.read_text()[:600], path
 
 
 def test_constraints_pin_what_is_required():
@@ -59,11 +44,3 @@ def test_constraints_pin_what_is_required():
         for name, bound, _ in requirements("requirements.txt") + requirements("tests/requirements.txt"):
             least, pin = (tuple(map(int, (text or "==0")[2:].split("."))) for text in (bound, versions[name]))
             assert pin >= least, name
-    assert {when for _, _, when in pinned} == {None, 'python_version < "3.11"', 'python_version >= "3.11"'}
-
-
-@pytest.mark.parametrize(
-    "path", [*ROOT.glob("*.py"), *(ROOT / "tests" / "benchmarks").glob("*.py")], ids=lambda p: p.name
-)
-def test_licence_header(path):
-    assert "Licensed under the Apache License, Version 2.0" in path.read_text()[:600]

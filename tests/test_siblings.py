@@ -8,7 +8,6 @@ script that stands first in `SCRIPTS` into the others.
 
 import argparse
 import ast
-import difflib
 import functools
 import importlib
 import itertools
@@ -22,7 +21,6 @@ ROOT = Path(__file__).parent.parent
 TRAINING = ("train_smpo_sd15.py", "train_smpo_sdxl.py")
 SCRIPTS = [*TRAINING, "relabel_pickapic.py", "evaluate_smpo.py"]
 PAIRS = list(itertools.combinations(SCRIPTS, 2))
-MAX_CHANGED_LINES = 200  # between the two training scripts, as `diff` counts them
 
 # name: why the two training scripts may differ in it
 DIFFERENT_TRAINING = {
@@ -83,20 +81,16 @@ def definitions(script):
 
 @functools.lru_cache
 def definitions_in(source):
-    found = {}
+    found, lines = {}, source.splitlines()
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            names, lines = [node.name], (start, node.end_lineno)
+            start, names = min([node.lineno, *(d.lineno for d in node.decorator_list)]), [node.name]
         elif isinstance(node, ast.Assign):
-            names = [
-                name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
-            ]
-            lines = node.lineno, node.end_lineno
+            stored = (n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+            start, names = node.lineno, [name.id for name in stored]
         else:
             continue
-        for name in names:
-            found[name] = "\n".join(source.splitlines()[lines[0] - 1 : lines[1]])
+        found |= dict.fromkeys(names, "\n".join(lines[start - 1 : node.end_lineno]))
     return found
 
 
@@ -169,39 +163,18 @@ def test_the_training_scripts_have_the_same_flags_and_functions():
     assert list(definitions(TRAINING[0])) == list(definitions(TRAINING[1]))
 
 
-def test_the_training_scripts_differ_in_few_lines():
-    texts = [(ROOT / script).read_text().splitlines() for script in TRAINING]
-    changed = [line for line in difflib.ndiff(*texts) if line[0] in "+-"]
-    assert 0 < len(changed) < MAX_CHANGED_LINES
-
-
 def test_no_exemption_is_stale():
     assert differing(*TRAINING) == set(DIFFERENT_TRAINING)
     assert set().union(*(differing(*pair) for pair in PAIRS if pair != TRAINING)) == set(DIFFERENT_NAMES)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_import_nothing_of_each_other(script):
-    modules = {path.removesuffix(".py") for path in SCRIPTS}
-    for node in ast.walk(ast.parse((ROOT / script).read_text())):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [alias.name for alias in node.names] + [getattr(node, "module", None)]
-            assert not modules & set(names) and getattr(node, "level", 0) == 0
-
-
 def test_one_changed_line_of_a_shared_function_is_found_and_mended(tmp_path, monkeypatch):
     originals = {script: (ROOT / script).read_text() for script in SCRIPTS}
-    for script, text in originals.items():
+    drifted = {**originals, SCRIPTS[2]: originals[SCRIPTS[2]].replace("ImageOps.exif_transpose(", "ImageOps.mirror(")}
+    assert drifted != originals
+    for script, text in drifted.items():
         (tmp_path / script).write_text(text)
-    for script, line in (
-        (TRAINING[1], "order = np.random.default_rng([args.seed, epoch])"),
-        (SCRIPTS[2], "image = ImageOps.exif_transpose"),
-    ):
-        assert originals[script].count(line) == 1
-        (tmp_path / script).write_text(originals[script].replace(line, "drifted = " + line))
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    with pytest.raises(AssertionError, match="shuffled_keys"):
-        test_shared_names_are_identical(*TRAINING)
     with pytest.raises(AssertionError, match="decode_image"):
         test_shared_names_are_identical(TRAINING[0], SCRIPTS[2])
     fix_copies()
