@@ -78,7 +78,7 @@ upstream:  ## the folder smpo_diffusion in DEST, examples/research_projects of t
 
 # With the Python of $(VENV) if there is one, or else the machine's: a GPU may have no network to install from.
 gpu:  ## whatever a GPU decides, into the folder OUT, going on where it stopped; with TINY=1 in miniature, on a CPU too
-	@test -n "$(OUT)" || { echo "Give OUT=FOLDER, where gpu.json and gpu.md are to be."; exit 2; }
+	@test -n "$(OUT)" || { echo "Give OUT=FOLDER, where the results are to be."; exit 2; }
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) tests/benchmarks/run_gpu.py "$(OUT)" $(if $(filter 1,$(TINY)),--tiny)
 
 clean:

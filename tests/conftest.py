@@ -116,11 +116,11 @@ def server(tmp_path_factory):
 def sdxl(tmp_path_factory):
     """A pipeline with SDXL's blocks and layers, small widths and random weights."""
     import torch
-    from random_models import write_pipeline
+    from random_models import write_sdxl
 
     folder = tmp_path_factory.mktemp("sdxl")
     torch.manual_seed(0)
-    write_pipeline(folder, "tiny-sdxl", torch.float32)
+    write_sdxl(folder)
     return folder
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY, forget_accelerator, read_logs, relabel, run_script, train, train_flags, unet_weights
-from random_models import make_vae, write_pipeline
+from random_models import make_vae, write_sdxl
 from test_engines import FSDP
 from test_evaluate import evaluate
 
@@ -83,7 +83,8 @@ def test_training_starts_at_the_reference_and_resumes_bit_for_bit(run, precision
 def test_the_implied_noise_is_that_of_fp32(run, precision, tmp_path):
     """std(tau) before the first step; a hundred roundings in one direction would be within the bound, ten at random
     are well within."""
-    half, single = (run(tmp_path / name, mixed_precision=name)["std_tau"][0] for name in (precision, "no"))
+    flags = {"noising": "renoise"}
+    half, single = (run(tmp_path / name, mixed_precision=name, **flags)["std_tau"][0] for name in (precision, "no"))
     assert half == pytest.approx(single, rel=10 * ROUNDING[precision])
 
 
@@ -144,8 +145,8 @@ def test_a_vae_that_overflows_in_fp16_is_kept_in_fp32(tmp_path, labels_path, mon
         vae.encoder.conv_in.weight.mul_(1e6)  # the norms that follow take it back
     vae.register_to_config(force_upcast=True)
     monkeypatch.setattr("random_models.make_vae", lambda kind: vae)
-    write_pipeline(tmp_path / "model", "tiny-sdxl", torch.float32)
-    flags = {"labels_path": labels_path, "mixed_precision": PRECISIONS[0], "optimizer": "adamw"}
+    write_sdxl(tmp_path / "model")
+    flags = {"labels_path": labels_path, "mixed_precision": PRECISIONS[0], "optimizer": "adamw", "noising": "renoise"}
     flags["pretrained_model_name_or_path"] = tmp_path / "model"
     logs = train(tmp_path / "run", train_smpo_sdxl, **flags)
     assert logs["loss"][0] == pytest.approx(math.log(2), abs=1e-6) and 0.1 < logs["std_tau"][0] < 10

@@ -63,10 +63,11 @@ def compiled_blocks(run):
             run.models[part].compile_repeated_blocks(dynamic=True)
 
 
+BATCH_SIZE = 8  # pairs a micro-batch
 IDEAS = [None, half_inversion, lora_without_casts, contiguous, cudnn_benchmark, compiled_blocks]
 
 
-def measure(idea, case, batch_size, num_pairs):
+def measure(idea, case, num_pairs):
     """Numbers of `Run.time` with an idea, and the mean std(tau) of the pairs."""
     run = Run(case, torch.bfloat16)
     step, found = run.script.training_step, []
@@ -77,14 +78,13 @@ def measure(idea, case, batch_size, num_pairs):
         return loss, metrics
 
     with (idea(run) if idea else None) or nullcontext(), mock.patch.object(run.script, "training_step", noted):
-        numbers = run.time(batch_size, num_pairs)
-    return {**numbers, "std(tau)": float(torch.stack(found[: num_pairs // batch_size]).mean())}
+        numbers = run.time(BATCH_SIZE, num_pairs)
+    return {**numbers, "std(tau)": float(torch.stack(found[: num_pairs // BATCH_SIZE]).mean())}
 
 
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
-    parser.add_argument("--batch_size", type=int, default=8, help="Pairs a micro-batch.")
     parser.add_argument("--num_pairs", type=int, default=16, help="Pairs that are timed.")
     args = parser.parse_args(input_args)
     columns = ["pairs/s", "std(tau)", "inversion", "policy", "GiB"]
@@ -95,7 +95,7 @@ def main(input_args=None):
         if idea in (cudnn_benchmark, compiled_blocks) and not torch.cuda.is_available():
             continue
         try:
-            numbers = measure(idea, args.case, args.batch_size, args.num_pairs)
+            numbers = measure(idea, args.case, args.num_pairs)
             cells = [f"{numbers[name]:.5g}" if numbers[name] else "" for name in columns]
         except Exception as error:  # of a compiler, or of memory: the others are still measured
             cells = [f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__]

@@ -1,56 +1,42 @@
 # Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
-"""Memory of training with the published configurations of SD1.5 and SDXL, counted on any machine or measured on a GPU.
+"""Memory of training with the published configurations of SD1.5 and SDXL, counted on any machine.
 
-    python tests/benchmarks/benchmark_memory.py count [--cases CASE ...] [-- FLAGS OF THE TRAINING SCRIPT]
-    python tests/benchmarks/benchmark_memory.py measure [--work_dir FOLDER] [-- FLAGS OF THE TRAINING SCRIPT]
+    python tests/benchmarks/benchmark_memory.py [--cases CASE ...]
 
-`count` needs no memory and no GPU: the networks hold fake tensors, which have shapes and no data, and the script's own
+It needs no memory and no GPU: the networks hold fake tensors, which have shapes and no data, and the script's own
 `invert_and_judge`, `training_step`, backward pass, clipping and optimiser run on them twice, while every storage that
 is alive is added up. Norms run in fp32 as CUDA's autocast has them. What it leaves out: the CUDA context, the work
-space of cuDNN and the allocator's rounding.
-
-`measure` runs the training scripts for two steps on random weights (written once, in fp16) and the tiny pairs. On a
-GPU it prints `torch.cuda.max_memory_allocated`; on a CPU, where it runs at 64 pixels, the peak resident memory.
+space of cuDNN and the allocator's rounding. `benchmark_training.py` measures memory on a GPU.
 """
 
 import argparse
-import importlib
-import json
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
 import weakref
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
-import pyarrow.parquet as pq
 import torch
-from random_models import TINY, make_training_models, write_pipeline
+from random_models import PIXELS, make_batch, make_models, parse
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
 GIB = 2**30
-CHECKPOINTING, LORA = "--gradient_checkpointing", ["--rank", "16"]
-SDXL_LORA = [*LORA, CHECKPOINTING, "--optimizer", "adamw"]
-# name: kind, pixels, flags of the training script
+CHECKPOINTING = "--gradient_checkpointing"
+SDXL_LORA = [CHECKPOINTING, "--rank", 16, "--optimizer", "adamw"]
+# kind, flags of the training script
 CASES = {
-    "SD1.5 LoRA": ("sd15", 512, [*LORA, CHECKPOINTING]),
-    "SD1.5 LoRA, no checkpointing": ("sd15", 512, LORA),
-    "SD1.5 full, AdamW": ("sd15", 512, [CHECKPOINTING]),
-    "SD1.5 full, AdamW, no checkpointing": ("sd15", 512, []),
-    "SD1.5 full, Adafactor": ("sd15", 512, [CHECKPOINTING, "--optimizer", "adafactor"]),
-    "SDXL LoRA": ("sdxl", 1024, SDXL_LORA),
-    "SDXL LoRA, offload": ("sdxl", 1024, [*SDXL_LORA, "--offload"]),
-    "SDXL full, Adafactor": ("sdxl", 1024, [CHECKPOINTING]),
-    "SDXL full, Adafactor, offload": ("sdxl", 1024, [CHECKPOINTING, "--offload"]),
+    "SD1.5 LoRA, rank 16": ("sd15", [CHECKPOINTING, "--rank", 16]),
+    "SD1.5 full, AdamW": ("sd15", [CHECKPOINTING]),
+    "the same, 8 pairs a micro-batch": ("sd15", [CHECKPOINTING, "--train_batch_size", 8]),
+    "SD1.5 full, AdamW, without checkpointing": ("sd15", []),
+    "the same without checkpointing, 8 pairs a micro-batch": ("sd15", ["--train_batch_size", 8]),
+    "SD1.5 full, Adafactor": ("sd15", [CHECKPOINTING, "--optimizer", "adafactor"]),
+    "SDXL LoRA, rank 16, AdamW": ("sdxl", SDXL_LORA),
+    "the same with `--offload`": ("sdxl", [*SDXL_LORA, "--offload"]),
+    "SDXL full, Adafactor": ("sdxl", [CHECKPOINTING]),
+    "the same, 4 pairs a micro-batch": ("sdxl", [CHECKPOINTING, "--train_batch_size", 4]),
+    "the same with `--offload`, one pair": ("sdxl", [CHECKPOINTING, "--offload"]),
 }
 
 
@@ -107,17 +93,15 @@ def bytes_of(tensors):
 
 
 def count(kind, resolution, flags):
-    """Peak bytes of an optimiser step of two batches, one pair a micro-batch, in bf16, and its parts' bytes."""
-    script, functional, live = importlib.import_module(f"train_smpo_{kind}"), torch.nn.functional, LiveBytes()
-    command = "--pretrained_model_name_or_path none --dataset_name none --output_dir none --train_batch_size 1".split()
-    command += ["--num_inversion_steps", "2"]  # one more UNet call without gradient takes time and no memory
-    args = script.parse_args([*command, "--resolution", str(resolution), *flags])
-    models = make_training_models(script, kind, "meta", torch.bfloat16, args)
+    """Bytes of the parts of an optimiser step of two batches, one pair a micro-batch unless flags say otherwise, in
+    bf16: a dict whose last item is the peak."""
+    # One more UNet call without gradient takes time and no memory: two moves will do.
+    script, args = parse(kind, resolution, "--train_batch_size", 1, "--num_inversion_steps", 2, *flags)
+    functional, live = torch.nn.functional, LiveBytes()
+    models = make_models(kind, script, args, "meta", torch.bfloat16)
     networks = {name: model for name, model in models.items() if isinstance(model, torch.nn.Module)}
     frozen = [bytes_of(network.parameters()) for name, network in networks.items() if name != "unet"]
-    row = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, 1).to_pylist()[0]
-    drawn = {"mirror": False, "empty": False, "timestep": 999, "seeds": [1, 2, 3]}
-    example = {**script.prepare_pair(row, 0.9, drawn, args), "problems": []}
+    batch_size = max(args.train_batch_size, args.inversion_batch_size)
     with live:
         with FakeTensorMode(allow_non_fake_inputs=True):
             for network in networks.values():
@@ -135,7 +119,7 @@ def count(kind, resolution, flags):
         ):
             for _ in range(2):
                 for _ in range(2):  # the second batch is inverted while there are gradients of the first
-                    batch = script.collate_pairs([example] * max(args.train_batch_size, args.inversion_batch_size))
+                    batch = make_batch(script, args, [999] * batch_size)
                     micro_batch, *_ = script.invert_and_judge(batch, context)
                     loss, _ = script.training_step(micro_batch, context)
                     loss.backward()
@@ -143,74 +127,26 @@ def count(kind, resolution, flags):
                 optimizer.step()
                 optimizer.zero_grad()
     sizes = {name: 0 if args.offload else bytes_of(network.parameters()) for name, network in networks.items()}
-    reference = sizes.pop("ref_unet", 0)
-    sizes.pop("unet")
-    return live.peak, {
-        "UNet": bytes_of(models["unet"].parameters()), "reference": reference, "VAE, text": sum(sizes.values()),
-        "gradients": bytes_of(parameters),
+    del sizes["unet"]
+    parts = {
+        "weights": bytes_of(models["unet"].parameters()), "reference": sizes.pop("ref_unet", 0),
+        "VAE, text": sum(sizes.values()), "gradients": bytes_of(parameters),
         "optimiser": bytes_of(v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)),
     }  # fmt: skip
+    return {**parts, "the rest": live.peak - sum(parts.values()), "peak": live.peak}
 
 
-def measure(kind, resolution, flags, work_dir):
-    """Runs the training script for two steps; its peak and reserved memory in bytes, or the error's last line."""
-    pipeline, output_dir = work_dir / kind, work_dir / "out"
-    if not (pipeline / "model_index.json").is_file():
-        write_pipeline(pipeline, kind, torch.float16)
-    shutil.rmtree(output_dir, ignore_errors=True)
-    command = [
-        sys.executable, "-c", RUN, ROOT, f"train_smpo_{kind}", "--pretrained_model_name_or_path", pipeline,
-        "--dataset_name", TINY / "pairs", "--label_column", "label_0", "--gamma", "1", "--output_dir", output_dir,
-        "--resolution", resolution if torch.cuda.is_available() else 64, "--max_train_steps", 2,
-        "--mixed_precision", "bf16", "--train_batch_size", 1,
-        "--gradient_accumulation_steps", 16,  # as many pairs as are inverted at a time
-        "--report_to", "none", *flags,
-    ]  # fmt: skip
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    found = re.search(r"^MEMORY (.*)$", done.stdout, re.M)
-    return json.loads(found[1]) if found else [done.stderr.strip().splitlines()[-1], None]
-
-
-# Runs a training script without what it saves, which may take more memory than training, and prints its memory.
-RUN = """
-import importlib, json, resource, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-script = importlib.import_module(sys.argv[2])
-script.save_final = script.save_checkpoint = lambda *args: None
-script.main(script.parse_args(sys.argv[3:]))
-if torch.cuda.is_available():
-    memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
-else:
-    memory = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, None]
-print("MEMORY", json.dumps(memory))
-"""
-
-
-def main():
+def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("how", choices=["count", "measure"])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--work_dir", type=Path, default=Path(tempfile.gettempdir()) / "smpo-real-size")
-    command = sys.argv[1:] + ["--"]
-    own, further_flags = command[: command.index("--")], command[command.index("--") + 1 : -1]
-    args = parser.parse_args(own)
-    if args.how == "count":
-        columns = ["UNet", "reference", "VAE, text", "gradients", "optimiser", "the rest", "peak"]
-    else:
-        print("A GPU" if torch.cuda.is_available() else "A CPU, at 64 pixels: resident memory", end=", ")
-        columns = ["peak", "reserved"]
-    print(f"GiB, bf16, {' '.join(further_flags) or 'one pair a micro-batch'}\n")
-    print(f"| | pixels | {' | '.join(columns)} |\n" + "|---" * (len(columns) + 2) + "|")
-    for name in args.cases:
-        kind, resolution, flags = CASES[name]
-        if args.how == "count":
-            peak, sizes = count(kind, resolution, flags + further_flags)
-            numbers = [*sizes.values(), peak - sum(sizes.values()), peak]
-        else:
-            numbers = measure(kind, resolution, flags + further_flags, args.work_dir)
-        cells = [f"{number / GIB:.2f}" if isinstance(number, int) else number or "" for number in numbers]
-        print(f"| {name} | {resolution} | {' | '.join(cells)} |", flush=True)
+    args = parser.parse_args(input_args)
+    for i, name in enumerate(args.cases):
+        kind, flags = CASES[name]
+        *parts, peak = count(kind, PIXELS[kind], flags).items()
+        if i == 0:
+            print(f"| | {' | '.join(part for part, _ in parts)} | peak |\n" + "|---" * (len(parts) + 2) + "|")
+        cells = [f"{size / GIB:.2f}" if size else "" for _, size in parts]
+        print(f"| {name} | {' | '.join(cells)} | **{peak[1] / GIB:.1f}** |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
 """What an optimiser step makes a GPU do besides its products, counted on any machine.
 
-    python tests/benchmarks/benchmark_ops.py [--cases CASE ...] [--batch_sizes 1 4 8 16]
+    python tests/benchmarks/benchmark_ops.py [--cases CASE ...]
 
 The networks have their published sizes and lie on PyTorch's meta device, which has shapes and no data and stands for
 the GPU; what is on the CPU is real. The script's own `optimiser_steps` takes a step there in bf16, under CUDA's
@@ -19,43 +19,36 @@ published 128 pairs of a GPU.
 """
 
 import argparse
-import importlib
 import itertools
 import re
-import sys
 from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
-import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
-from random_models import TINY, make_text_encoders, make_unet, make_vae
+from random_models import PIXELS, make_batch, make_models, parse
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import CLIPTokenizer
 
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
 
 PAIRS, PAIRS_A_STEP = 16, 128
+BATCH_SIZES = [1, 4, 8, 16]
 SDXL = ["--gradient_checkpointing"]
 SUPPORTED = [
     "torch.utils._foreach_utils._get_foreach_kernels_supported_devices",
     "torch.optim.optimizer._get_foreach_kernels_supported_devices",
     "torch.optim.optimizer._get_fused_kernels_supported_devices",
 ]
-# kind, pixels, flags of the training script
+# kind, flags of the training script
 CASES = {
-    "SD1.5 full": ("sd15", 512, []),
-    "SD1.5 LoRA": ("sd15", 512, ["--rank", "16"]),
-    "SDXL full": ("sdxl", 1024, SDXL),
-    "SDXL LoRA": ("sdxl", 1024, [*SDXL, "--rank", "16", "--optimizer", "adamw"]),
+    "SD1.5 full": ("sd15", []),
+    "SD1.5 LoRA": ("sd15", ["--rank", "16"]),
+    "SDXL full": ("sdxl", SDXL),
+    "SDXL LoRA": ("sdxl", [*SDXL, "--rank", "16", "--optimizer", "adamw"]),
 }
 PHASES = ["VAE", "text", "inversion", "reference", "policy", "optimiser"]
 COLUMNS = ["kernels", "MB moved", "MB of weights", "syncs", "copies"]
@@ -171,44 +164,14 @@ def bytes_of(tensor):
     return torch.Size(sizes).numel() * tensor.element_size()
 
 
-def make_models(kind, script, args):
-    """What the script's own functions make of the networks, in bf16, with a tokenizer and no files."""
-    device, dtype = SimpleNamespace(device="meta", distributed_type="NO"), torch.bfloat16
-    makers = {"unet": make_unet, "vae": make_vae}
-    tokenizer = CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer")
-
-    def load_network(part, network_class, args, dtype=None):
-        network = makers[part](kind)
-        return network.config if dtype is None else torch.nn.Module.to(network, dtype)
-
-    encoders = {
-        part: SimpleNamespace(from_pretrained=lambda *_, encoder=encoder, **__: encoder)
-        for part, encoder in zip(script.TEXT_ENCODERS, make_text_encoders(kind))
-    }
-    with (
-        torch.device("meta"),
-        mock.patch.object(script, "load_network", load_network),
-        mock.patch.dict(script.TEXT_ENCODERS, encoders),
-        mock.patch.object(script.CLIPTokenizer, "from_pretrained", lambda *_, **__: tokenizer),
-    ):
-        models = script.load_models(args, "meta", dtype)
-        script.set_up_unets(device, models, dtype, args)
-    return models
-
-
 def count(kind, resolution, flags, pairs=PAIRS):
     """`{phase: Counter}` of an optimiser step of so many pairs, for each pair."""
-    script = importlib.import_module("train_smpo_sdxl" if "sdxl" in kind else "train_smpo_sd15")
-    command = "--pretrained_model_name_or_path none --dataset_name none --output_dir none".split()
-    args = script.parse_args([*command, "--resolution", str(resolution), *flags])
+    script, args = parse(kind, resolution, *flags)
     args.gradient_accumulation_steps = pairs // args.train_batch_size
-    models = make_models(kind, script, args)
+    models = make_models(kind, script, args, "meta", torch.bfloat16)
     parameters = [parameter for parameter in models["unet"].parameters() if parameter.requires_grad]
-    row, examples = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, 1).to_pylist()[0], []
-    for i in range(pairs):
-        drawn = {"mirror": False, "empty": False, "timestep": (2 * i + 1) * 1000 // (2 * pairs), "seeds": [1, 2, 3]}
-        examples.append({**script.prepare_pair(row, 0.9, drawn, args), "problems": []})
-    batches, alpha_bar = iter([script.collate_pairs(examples)]), torch.linspace(0.999, 0.005, 1000, device="meta")
+    batches = iter([make_batch(script, args, [(2 * i + 1) * 1000 // (2 * pairs) for i in range(pairs)])])
+    alpha_bar = torch.linspace(0.999, 0.005, 1000, device="meta")
     context = script.Context(models, alpha_bar, "epsilon", lambda: torch.autocast("cpu", torch.bfloat16), args)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=args.gradient_accumulation_steps)
     operations = Operations(parameters)
@@ -239,13 +202,13 @@ def count(kind, resolution, flags, pairs=PAIRS):
     return operations.counts
 
 
-def by_batch_size(kind, resolution, flags, batch_sizes):
+def by_batch_size(kind, flags):
     """For each number of pairs a micro-batch, `{phase: Counter}` for each pair."""
-    whole = count(kind, resolution, [*flags, "--train_batch_size", str(PAIRS)])
-    for size in batch_sizes:
+    whole = count(kind, PIXELS[kind], [*flags, "--train_batch_size", PAIRS])
+    for size in BATCH_SIZES:
         # Pairs are inverted together whatever the micro-batch is, and micro-batches are alike: one will do.
-        one = ["--noising", "ddim", "--num_inversion_steps", "1", "--train_batch_size", str(size)]
-        alone = whole if size == PAIRS else count(kind, resolution, [*flags, *one], pairs=size)
+        one = ["--noising", "ddim", "--num_inversion_steps", 1, "--train_batch_size", size]
+        alone = whole if size == PAIRS else count(kind, PIXELS[kind], [*flags, *one], pairs=size)
         copies = {"copies": whole["reference"]["copies"]}
         counts = {**whole, "policy": alone["policy"], "reference": Counter({**alone["reference"], **copies})}
         yield size, {**counts, "all": sum(counts.values(), Counter())}
@@ -254,11 +217,10 @@ def by_batch_size(kind, resolution, flags, batch_sizes):
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4, 8, 16], help="Pairs a micro-batch.")
     args = parser.parse_args(input_args)
     print(f"| a pair of | pairs a micro-batch | phase | {' | '.join(COLUMNS)} |\n" + "|---" * 8 + "|")
     for case in args.cases:
-        for size, counts in by_batch_size(*CASES[case], args.batch_sizes):
+        for size, counts in by_batch_size(*CASES[case]):
             for phase in [*PHASES, "all"]:
                 numbers = [counts[phase][name] for name in COLUMNS]
                 cells = [f"{number:,.0f}" if number >= 10 or not number else f"{number:.2f}" for number in numbers]

@@ -1,13 +1,12 @@
 # Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
 """Speed of the training scripts beside the authors' recipe, on random weights of the published configurations.
 
-    python tests/benchmarks/benchmark_training.py --output_dir FOLDER      # on a GPU: all of it, unattended
-    python tests/benchmarks/benchmark_training.py --cases tiny-full small-full --batch_sizes 1 4 16 --output_dir FOLDER
+    python tests/benchmarks/benchmark_training.py      # on a GPU: all of it, unattended
+    python tests/benchmarks/benchmark_training.py --cases tiny-full small-full --batch_sizes 1 4 16
 
 For every case and micro-batch size it runs the script's own data loading, `invert_and_judge`, `training_step`,
-backward pass and optimiser, and writes a table to FOLDER/training.md, and to training.csv, after every row. The other
-rows are the
-same work done otherwise:
+backward pass and optimiser with the paper's inversion, in bf16 on a GPU and in fp32 on a CPU, and prints a row. The
+other rows are the same work done otherwise:
 
 * the authors' recipe: `--noising released`, one pair at a time, every weight rounded at every call, AdamW parameter by
   parameter, a number read back after every pair;
@@ -21,45 +20,41 @@ large product in the same precision reaches here; TFLOP are counted by PyTorch, 
 """
 
 import argparse
-import importlib
-import sys
 import time
 from collections import defaultdict
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import median
 from unittest import mock
 
 import datasets
 import numpy as np
-import pandas as pd
 import torch
 import transformers
 from accelerate import PartialState
 from benchmark_relabel import make_photo
-from random_models import make_training_models
+from random_models import make_models, parse
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusers
 
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
 PAIRS_A_STEP = 128  # of one GPU in the published recipe
 NUM_PHOTOS = COMPARED_PAIRS = 16
+TIME_LIMIT = 400  # seconds after which no row is begun
 PHASES = ["data", "VAE", "text", "inversion", "reference", "policy", "optimiser"]
+COLUMNS = ["case", "how", "pairs a micro-batch", "pairs/s", "ratio", "UNet forwards a pair", "UNet calls a pair"]
+COLUMNS += ["TFLOP/s", "of the matrix rate", "GiB", *PHASES]
 SDXL_LORA = ["--rank", "16", "--gradient_checkpointing", "--optimizer", "adamw"]
-# kind of network, pixels, levels of the authors' grid, flags
+# kind of network, pixels, flags
 CASES = {
-    "sd15-full": ("sd15", 512, 5, []),
-    "sd15-lora": ("sd15", 512, 5, ["--rank", "16"]),
-    "sdxl-full": ("sdxl", 1024, 10, ["--gradient_checkpointing"]),
-    "sdxl-lora": ("sdxl", 1024, 10, SDXL_LORA),
-    "tiny-full": ("tiny-sd15", 64, 5, []),
-    "tiny-lora": ("tiny-sd15", 64, 5, ["--rank", "16"]),
-    "tiny-sdxl-lora": ("tiny-sdxl", 64, 10, SDXL_LORA),
-    "small-full": ("small-sd15", 128, 5, []),  # SD1.5 with a quarter of its width
+    "sd15-full": ("sd15", 512, []),
+    "sd15-lora": ("sd15", 512, ["--rank", "16"]),
+    "sdxl-full": ("sdxl", 1024, ["--gradient_checkpointing"]),
+    "sdxl-lora": ("sdxl", 1024, SDXL_LORA),
+    "tiny-full": ("tiny-sd15", 64, []),
+    "tiny-lora": ("tiny-sd15", 64, ["--rank", "16"]),
+    "tiny-sdxl-lora": ("tiny-sdxl", 64, SDXL_LORA),
+    "small-full": ("small-sd15", 128, []),  # SD1.5 with a quarter of its width
 }
 MATRICES = {"cuda": (8192, 20), "cpu": (1536, 4)}  # side, number
 REPEATS = {"cuda": 1, "cpu": 3}  # the median is taken, as CPUs have other things to do
@@ -118,25 +113,22 @@ class Run:
     """The models of a case, and steps with them, on the device and in the precision of the process."""
 
     def __init__(self, name, dtype):
-        kind, self.resolution, self.num_levels, self.flags = CASES[name]
-        self.script = importlib.import_module("train_smpo_sdxl" if "sdxl" in kind else "train_smpo_sd15")
-        self.state, self.dtype = PartialState(), dtype
+        self.case, self.state, self.dtype = CASES[name], PartialState(), dtype
+        self.script, args = self.parse(1)
         scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         self.alpha_bar = scheduler.alphas_cumprod.to(self.state.device)
-        torch.manual_seed(0)
-        self.models = make_training_models(self.script, kind, self.state.device, dtype, self.parse(1, []))
+        self.models = make_models(self.case[0], self.script, args, self.state.device, dtype)
         self.parameters = [parameter for parameter in self.models["unet"].parameters() if parameter.requires_grad]
 
-    def parse(self, batch_size, flags):
-        command = "--pretrained_model_name_or_path none --dataset_name none --output_dir none".split()
-        command += ["--resolution", self.resolution, "--train_batch_size", batch_size, *self.flags, *flags]
-        return self.script.parse_args([str(part) for part in command])
+    def parse(self, batch_size, *further_flags):
+        kind, resolution, flags = self.case
+        return parse(kind, resolution, "--train_batch_size", batch_size, *flags, *further_flags)
 
     def batches(self, args, num_pairs):
         """Endless batches of the script's loader, steps of `num_pairs` pairs, with new timesteps in every step."""
         args.gradient_accumulation_steps = num_pairs // args.train_batch_size
         rng, rows = np.random.default_rng(0), np.arange(max(num_pairs, NUM_PHOTOS))
-        photos = [make_photo(min(1024, self.resolution * 3 // 2), rng) for _ in range(NUM_PHOTOS)]
+        photos = [make_photo(min(1024, args.resolution * 3 // 2), rng) for _ in range(NUM_PHOTOS)]
         captions = [f"a large red circle {i}" for i in range(NUM_PHOTOS)]
         data = datasets.Dataset.from_dict({"jpg_0": photos, "jpg_1": photos[::-1], "caption": captions})
         data = data.select(rows % NUM_PHOTOS)
@@ -171,7 +163,7 @@ class Run:
 
     def time(self, batch_size, num_pairs, flags=(), released=False):
         """Measures one way to train; a dict of numbers."""
-        script, args = self.script, self.parse(batch_size, flags)
+        script, args = self.parse(batch_size, *flags)
         optimizer = script.make_optimizer(self.parameters, 1e-9, args)
         if released and isinstance(optimizer, torch.optim.AdamW):
             optimizer = torch.optim.AdamW(self.parameters, lr=1e-9, foreach=False)
@@ -226,30 +218,11 @@ def compare_precisions():
         with torch.no_grad():
             for parameter in run.parameters:
                 parameter += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
-        args = run.parse(1, ["--inversion_batch_size", inversion_batch_size, "--beta_dpo", 200])
+        _, args = run.parse(1, "--inversion_batch_size", inversion_batch_size, "--beta_dpo", 200)
         loss = run.steps(args, COMPARED_PAIRS)()
         results.append((loss, torch.cat([parameter.grad.flatten().double() for parameter in run.parameters])))
     (loss, gradient), (half_loss, half_gradient) = results
     return abs(half_loss / loss - 1), torch.cosine_similarity(gradient, half_gradient, dim=0).item()
-
-
-COLUMNS = ["case", "how", "pairs a micro-batch", "pairs/s", "ratio", "UNet forwards a pair", "UNet calls a pair"]
-COLUMNS += ["TFLOP/s", "of the matrix rate", "GiB", *PHASES]
-
-
-def write_tables(rows, header, folder):
-    """All rows so far, as Markdown and as CSV; returns the lines of the table."""
-
-    def text(column, value):
-        if not isinstance(value, float):
-            return str(value or "")
-        return f"{value:.0%}" if column in ("of the matrix rate", *PHASES) else f"{value:.2f}"
-
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    lines += [f"| {' | '.join(text(column, row.get(column)) for column in COLUMNS)} |" for row in rows]
-    (folder / "training.md").write_text("\n".join([header, "", *lines]) + "\n")
-    pd.DataFrame(rows, columns=COLUMNS).to_csv(folder / "training.csv", index=False)
-    return lines
 
 
 def plan_of(case, args):
@@ -257,7 +230,7 @@ def plan_of(case, args):
     sdxl = "sdxl" in case
     sizes = args.batch_sizes or ([1, 4, 8, 16] if sdxl else [1, 4, 8, 16, 32])
     num_pairs = max(args.num_pairs or (16 if sdxl else 32), *sizes)
-    released = ["--noising", "released", "--num_inversion_steps", CASES[case][2], "--inversion_batch_size", 1]
+    released = ["--noising", "released", "--inversion_batch_size", 1]
     plan = [("authors' recipe", 1, max(num_pairs // 4, 1), {"flags": released, "released": True})]
     plan += [("script", size, num_pairs, {}) for size in sizes]
     if not case.endswith("lora"):
@@ -267,36 +240,31 @@ def plan_of(case, args):
     return plan
 
 
-def main():
+def main(input_args=None):
+    """Prints the table row by row, and returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES)[:4])
     parser.add_argument(
         "--batch_sizes", nargs="+", type=int, help="Pairs a micro-batch. Default: 1 4 8 16, 32 for SD1.5."
     )
     parser.add_argument("--num_pairs", type=int, help="Pairs that are timed. Default: 32 for SD1.5, 16 for SDXL.")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], help="Default: bf16 on a GPU, fp32 on a CPU.")
-    parser.add_argument("--time_limit", type=float, default=540, help="Seconds; no row starts later.")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(input_args)
     start, device = time.perf_counter(), PartialState().device
-    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    rate = matrix_rate(device, dtype)
-    loss_difference, cosine = compare_precisions()
-    header = (
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rate, (loss_difference, cosine) = matrix_rate(device, dtype), compare_precisions()
+    print(
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'};"
         f" torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__};"
-        f" {precision} matrix products reach {rate / 1e12:.3g} TFLOP/s. bf16, as trained, against fp32, one pair at a"
+        f" matrix products in {dtype} reach {rate / 1e12:.3g} TFLOP/s. bf16, as trained, against fp32, one pair at a"
         f" time, on the trained tiny model: loss off by {loss_difference:.1e}, cosine of the gradients {cosine:.4f}."
     )
-    print(header, flush=True)
+    print(f"\n| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|", flush=True)
     rows = []
     for case in args.cases:
         run = released = None
         for how, size, num_pairs, options in plan_of(case, args):
-            if time.perf_counter() - start > args.time_limit:
-                continue
+            if time.perf_counter() - start > TIME_LIMIT:
+                return rows
             run = run or Run(case, dtype)
             row = {"case": case, "how": how, "pairs a micro-batch": size}
             try:
@@ -306,14 +274,13 @@ def main():
                 row |= {"ratio": throughput / released, "of the matrix rate": row["TFLOP/s"] * 1e12 / rate}
             except torch.OutOfMemoryError:
                 row["GiB"] = "OOM"
-            for parameter in run.parameters:
-                parameter.grad = None
             rows.append(row)
-            lines = write_tables(rows, header, args.output_dir)
-            print("\n".join(lines[: 2 if len(rows) == 1 else 0]), lines[-1], sep="\n", flush=True)
+            formats = {column: ".0%" if column in ("of the matrix rate", *PHASES) else ".2f" for column in COLUMNS}
+            cells = [format(v, formats[c]) if isinstance(v := row.get(c), float) else str(v or "") for c in COLUMNS]
+            print(f"| {' | '.join(cells)} |", flush=True)
         del run
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
+    return rows
 
 
 if __name__ == "__main__":

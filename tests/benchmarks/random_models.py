@@ -1,30 +1,34 @@
 # Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
-"""Stable Diffusion 1.5 and XL in their published configurations with random weights, and both in miniature.
+"""Stable Diffusion 1.5 and XL in their published configurations with random weights, and both in miniature; and what
+the benchmarks give to the training scripts: arguments, models and a batch.
 
 The miniature of SDXL has its blocks, so its parameters have the same names; widths are small, and transformer layers few.
 "tiny-sd15" is the trained model of tests/tiny, "small-sd15" SD1.5 at a quarter of its width between that model's VAE
 and text encoder.
 """
 
-import copy
+import argparse
+import importlib
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
+import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 
 
 TINY = Path(__file__).parent.parent / "tiny"
+sys.path.insert(0, str(TINY.parent.parent))  # the scripts
+PIXELS = {"sd15": 512, "sdxl": 1024}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 SDXL_BLOCKS = {
@@ -92,51 +96,61 @@ def make_vae(kind):
 def make_text_encoders(kind):
     """The text encoders of `kind`, one or two; SD1.5's and SDXL's know the tiny tokenizer's words all the same."""
     if kind in ("tiny-sd15", "small-sd15"):
-        return [CLIPTextModel.from_pretrained(TINY / "sd15" / "text_encoder").float()]
+        with torch.device("cpu"):  # transformers loads nothing onto the meta device
+            return [CLIPTextModel.from_pretrained(TINY / "sd15" / "text_encoder").float()]
     tokens = TINY_TOKENS if kind == "tiny-sdxl" else {}
     configs = [CLIPTextConfig(**{"projection_dim": 768, **config, **tokens}) for config in TEXT_ENCODERS[kind]]
     classes = [CLIPTextModel, CLIPTextModelWithProjection]
     return [text_encoder_class(config) for text_encoder_class, config in zip(classes, configs)]
 
 
-def make_training_models(script, kind, device, dtype, args):
-    """The models of a training script on a device, in the precisions that training in `dtype` gives them."""
-    with torch.device(device):
-        unet, vae, text_encoders = make_unet(kind), make_vae(kind), make_text_encoders(kind)
-    vae.to(torch.float32 if vae.config.force_upcast else dtype)
-    unet.to(dtype if args.rank else torch.float32)
-    models = {"unet": unet, "vae": vae, **dict(zip(script.TEXT_ENCODERS, text_encoders))}
-    for part, network in models.items():
-        network.requires_grad_(part == "unet").to(device)
-        if part in script.TEXT_ENCODERS:
-            network.to(dtype)
+def parse(kind, resolution, *flags):
+    """The training script of `kind`, and what it makes of flags."""
+    script = importlib.import_module("train_smpo_sdxl" if "sdxl" in kind else "train_smpo_sd15")
+    command = "--pretrained_model_name_or_path none --dataset_name none --output_dir none --noising renoise".split()
+    return script, script.parse_args([*command, "--resolution", str(resolution), *map(str, flags)])
 
-    def load_reference(*_):
-        reference = copy.deepcopy(unet)
-        for module in reference.modules():
-            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-                module.to(dtype)
-        return reference.requires_grad_(False)
 
-    with mock.patch.object(script, "load_reference", load_reference):
-        script.set_up_unets(PartialState(), models, dtype, args)
+def make_models(kind, script, args, device, dtype):
+    """What the script's own functions make of the networks for training in `dtype`, with a tokenizer and no files."""
+    makers, tokenizer = (
+        {"unet": make_unet, "vae": make_vae},
+        CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer"),
+    )
+
+    def load_network(part, network_class, args, dtype=None):
+        torch.manual_seed(0)  # the reference is the policy's start
+        network = makers[part](kind)
+        return network.config if dtype is None else torch.nn.Module.to(network, dtype)
+
+    args = argparse.Namespace(**{**vars(args), "offload": False})  # networks without data cannot be moved
+    with (
+        torch.device(device),
+        mock.patch.object(script, "load_network", load_network),
+        mock.patch.object(script.CLIPTokenizer, "from_pretrained", lambda *_, **__: tokenizer),
+    ):
+        encoders = {
+            part: SimpleNamespace(from_pretrained=lambda *_, encoder=encoder, **__: encoder)
+            for part, encoder in zip(script.TEXT_ENCODERS, make_text_encoders(kind))
+        }
+        with mock.patch.dict(script.TEXT_ENCODERS, encoders):
+            models = script.load_models(args, device, dtype)
+        script.set_up_unets(SimpleNamespace(device=device, distributed_type="NO"), models, dtype, args)
+    return models
+
+
+def make_batch(script, args, timesteps):
+    """A batch of the first tiny pair at each of the timesteps."""
+    row = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, 1).to_pylist()[0]
+    drawn = [{"mirror": False, "empty": False, "timestep": t, "seeds": [1, 2, 3]} for t in timesteps]
+    return script.collate_pairs([{**script.prepare_pair(row, 0.9, one, args), "problems": []} for one in drawn])
+
+
+def write_sdxl(folder):
+    """Writes the miniature of SDXL with random weights and the tokenizer of the tiny SD1.5."""
+    unet, vae, encoders = make_unet("tiny-sdxl"), make_vae("tiny-sdxl"), make_text_encoders("tiny-sdxl")
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer")
-    return {**models, **dict.fromkeys(script.TOKENIZERS, tokenizer)}
-
-
-def write_pipeline(folder, kind, dtype, scheduler=None):
-    """Writes a pipeline of `kind` in `dtype` with random weights and the tokenizer of the tiny SD1.5."""
-    torch.set_default_dtype(dtype)
-    try:
-        unet, vae, text_encoders = make_unet(kind), make_vae(kind).to(dtype), make_text_encoders(kind)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    tokenizer = CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer")
-    parts = {"unet": unet, "vae": vae, "text_encoder": text_encoders[0], "tokenizer": tokenizer}
-    if kind == "sd15":
-        parts |= {"scheduler": scheduler or PNDMScheduler(**BETAS, skip_prk_steps=True), "safety_checker": None}
-        pipeline = StableDiffusionPipeline(**parts, feature_extractor=None, requires_safety_checker=False)
-    else:
-        parts |= {"scheduler": scheduler or EulerDiscreteScheduler(**BETAS)}
-        pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=text_encoders[1], tokenizer_2=tokenizer)
-    pipeline.save_pretrained(folder)
+    StableDiffusionXLPipeline(
+        unet=unet, vae=vae, text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer, scheduler=EulerDiscreteScheduler(**BETAS),
+    ).save_pretrained(folder)  # fmt: skip
