@@ -63,9 +63,8 @@ def predictions(method):
 
 
 def main(input_args=None):
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
-        input_args
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(input_args)  # for --help
     rates = [f"hours at {rate} TFLOP/s" for rate in RATES]
     print(f"| {PAIRS:,} pairs | UNet passes a pair | TFLOP a pair | {' | '.join(rates)} |\n" + "|---" * 5 + "|")
     for kind in PIXELS:
