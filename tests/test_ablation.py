@@ -467,7 +467,7 @@ def test_tables_of_a_small_csv(tmp_path):
     assert f"\n| ReNoise, last of 9 moves, soft | 5e-05 | 8 | 100 | {gains} | {scores} | 3 |\n" in text
     p = make_tables.two_sided_p(2 * 3**0.5, 2)  # all differences have a mean of twice their standard deviation
     ddim, forward = text.split("**Foreign pairs, equal steps**")[1].split("\n")[4:6]
-    assert f"DDIM, 9 moves, soft, over the default | +2.00 ± {half:.2f} | {p:.3f} | {2 * p:.3f} | +4.00 " in ddim
+    assert f"DDIM, 9 moves, soft, over the paper's | +2.00 ± {half:.2f} | {p:.3f} | {2 * p:.3f} | +4.00 " in ddim
     assert f"| +4.00 ± {2 * half:.2f} | {p:.3f} | {2 * p:.3f} | +8.00 " in forward
     assert "last of 9 moves, soft, 4 steps, over forward (Diffusion-DPO), soft, 8 steps | -4.00 ± " in text
     runs = make_tables.read_runs(tmp_path / "runs.csv")
