@@ -34,11 +34,12 @@ demo: install  ## labels, training and verdict on the tiny model of tests/tiny
 	@printf '\n== Labels: a tiny reward model scores the images of 590 training pairs ==\n\n'
 	$(BIN)/python relabel_pickapic.py --dataset_name $(TINY)/pairs --split train \
 		--reward_model $(TINY)/pickscore --output_path $(DEMO)/labels.parquet
-	@printf '\n== Training: 100 steps of 16 pairs on a tiny Stable Diffusion 1.5 ==\n\n'
+	@printf '\n== Training: 16 steps of 96 pairs on a tiny Stable Diffusion 1.5 ==\n\n'
 	$(BIN)/python train_smpo_sd15.py --mixed_precision no \
 		--pretrained_model_name_or_path $(TINY)/sd15 --dataset_name $(TINY)/pairs \
 		--labels_path $(DEMO)/labels.parquet --output_dir $(DEMO)/smpo --resolution 64 --no_hflip \
-		--train_batch_size 16 --max_train_steps 100 --learning_rate 3e-6 --lr_warmup_steps 5 --checkpointing_steps 100 \
+		--train_batch_size 16 --gradient_accumulation_steps 6 --max_train_steps 16 --learning_rate 5e-5 \
+		--lr_warmup_steps 3 --beta_dpo 200 --checkpointing_steps 16 \
 		--seed $(TRAIN_SEED) $(TRAIN_FLAGS)
 	@printf '\n== Verdict: base and tuned model draw 64 held-out prompts, four images each ==\n\n'
 	$(BIN)/python evaluate_smpo.py --pretrained_model_name_or_path $(TINY)/sd15 --models smpo=$(DEMO)/smpo \
