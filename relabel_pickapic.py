@@ -192,9 +192,7 @@ def decode_image(data, side=None):
         if isinstance(data, dict):
             data, path = data["bytes"], data["path"]
             if data is None:
-                raise ValueError(
-                    f"only the path {Path(path).name}: `Dataset.push_to_hub` and our relabelling embed images"
-                )
+                raise ValueError(f"only a path, {Path(path).name}: `Dataset.push_to_hub` embeds images in the rows")
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if side is not None:
             image.draft(None, (side, side))

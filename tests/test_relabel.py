@@ -8,6 +8,7 @@ import runpy
 import sys
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -378,24 +379,26 @@ def test_one_uid_with_other_bytes_is_another_image(tmp_path):
 # What is written
 
 
-def test_an_image_folder_with_columns_of_other_names(labels_path, tmp_path):
-    folder, pairs = tmp_path / "pairs", []
-    folder.mkdir()
-    for row in pq.read_table(TINY / "pairs" / "train.parquet").slice(0, 5).to_pylist():
-        pairs.append({"a": row["image_0_uid"], "b": row["image_1_uid"], "prompt": row["caption"]})
-        for side, name in enumerate(("left", "right")):
-            pairs[-1][f"{name}_file_name"] = f"{len(pairs)}-{name}.jpg"
-            (folder / f"{len(pairs)}-{name}.jpg").write_bytes(row[f"jpg_{side}"])
-    (folder / "5-right.jpg").unlink()
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+def test_columns_of_other_names_and_images_that_are_only_named(labels_path, tmp_path):
+    """Columns of `datasets.Image`; a row that has an image's path and not its bytes is told how to embed it."""
+    rows = pq.read_table(TINY / "pairs" / "train.parquet").slice(0, 5).to_pylist()
+    pairs = {"a": "image_0_uid", "b": "image_1_uid", "prompt": "caption", "left": "jpg_0", "right": "jpg_1"}
+    pairs = {name: [row[column] for row in rows] for name, column in pairs.items()}
+    images = {name: [{"bytes": image, "path": None} for image in pairs[name]] for name in ("left", "right")}
+    images["right"][4] = {"bytes": None, "path": "/data/5-right.jpg"}
+    features = datasets.Features(
+        {name: datasets.Image() if name in images else datasets.Value("string") for name in pairs}
+    )
+    table = pa.table({**pairs, **images}).cast(features.arrow_schema)
+    pq.write_table(table, tmp_path / "pairs.parquet")
     relabel(
-        dataset_name=folder, output_path=tmp_path / "labels.parquet", image_columns=["left", "right"],
-        caption_column="prompt", key_columns=["a", "b"],
+        dataset_name=tmp_path / "pairs.parquet", output_path=tmp_path / "labels.parquet", caption_column="prompt",
+        image_columns=["left", "right"], key_columns=["a", "b"],
     )  # fmt: skip
     labels, expected = pq.read_table(tmp_path / "labels.parquet"), pq.read_table(labels_path).slice(0, 5)
     assert labels.column_names[:2] == ["image_0_uid", "image_1_uid"] and "ranking_id" not in labels.column_names
     assert labels["image_1_uid"].equals(expected["image_1_uid"])
-    assert "no file in the folder of the data set" in labels["invalid_reason"][4].as_py()
+    assert "only a path, 5-right.jpg: `Dataset.push_to_hub` embeds" in labels["invalid_reason"][4].as_py()
     for column in ("score_0", "score_1"):
         scores, same = (table[column].to_pylist()[:4] for table in (labels, expected))
         assert scores == pytest.approx(same, abs=1e-6)

@@ -436,7 +436,7 @@ def encoded(image, kind="PNG", **options):
 def test_a_data_set_cannot_reach_other_files_or_programs(tmp_path):
     """PostScript, which Pillow hands to Ghostscript; files, whose paths a row might name; pictures that fill the memory."""
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
-    with pytest.raises(ValueError, match="only the path image.png"):
+    with pytest.raises(ValueError, match="only a path, image.png"):
         decode_image({"bytes": None, "path": str(tmp_path / "image.png")})
     with pytest.raises(ValueError, match="UnidentifiedImageError"):
         decode_image(encoded(Image.new("RGB", (8, 8)), "EPS"))
