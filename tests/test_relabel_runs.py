@@ -215,9 +215,9 @@ def test_a_run_goes_on_with_another_number_of_processes(server, shards, whole, t
 
 
 def write_arrow(folder, table):
-    """A data set that is not Parquet: the folder, with its split `test`."""
-    (folder / "arrow" / "test").mkdir(parents=True)
-    with pa.ipc.new_stream(folder / "arrow" / "test" / "data.arrow", table.schema) as writer:
+    """A data set that is not Parquet: its folder."""
+    (folder / "arrow" / "train").mkdir(parents=True)
+    with pa.ipc.new_stream(folder / "arrow" / "train" / "data.arrow", table.schema) as writer:
         writer.write_table(table)
     return folder / "arrow"
 
@@ -278,4 +278,4 @@ def test_streaming_is_for_parquet(tmp_path):
     with pytest.raises(
         UserError, match="--dataset_name .*arrow .*--streaming reads Parquet files in place, and it has"
     ):
-        relabel(dataset_name=saved, dataset_split_name="test", streaming=True, output_path=tmp_path / "labels.parquet")
+        relabel(dataset_name=saved, streaming=True, output_path=tmp_path / "labels.parquet")
