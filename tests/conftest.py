@@ -1,5 +1,6 @@
 """Fixtures: the tiny models and data, and ways to run the scripts in this process and to read what they logged."""
 
+import logging
 import os
 
 
@@ -67,11 +68,12 @@ def num_kills(pytestconfig):
 
 @contextmanager
 def process_restored():
-    """Takes back what a run leaves in its process: accelerate's state, signal handlers, the umask."""
+    """Takes back what a run leaves in its process: accelerate's state, signal handlers, the umask, silenced logs."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers, umask = [signal.getsignal(number) for number in numbers], os.umask(0o022)
     yield
     os.umask(umask)
+    logging.disable(logging.NOTSET)
     for number, handler in zip(numbers, handlers):
         signal.signal(number, handler)
     forget_accelerator()
