@@ -102,8 +102,8 @@ def test_the_fast_path_gives_loss_and_gradient_of_the_plain_one(
     """Six pairs: one image and one move at a time, against micro-batches of two, two of them inverted together."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     context, pairs = make_run(
-        script, tmp_path, sdxl, torch.float64, labels_path=labels_path, renoise_at=renoise_at, rank=rank,
-        gradient_accumulation_steps=3, inversion_batch_size=4, beta_dpo=200,
+        script, tmp_path, sdxl, torch.float64, labels_path=labels_path, noising="renoise", renoise_at=renoise_at,
+        rank=rank, gradient_accumulation_steps=3, inversion_batch_size=4, beta_dpo=200,
     )  # fmt: skip
     keys, fast_loss, batch_sizes = [(0, index) for index in range(6)], 0, []
     plain_loss, plain_gradient = plain_step(script, keys, pairs, context)
