@@ -198,7 +198,7 @@ def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
         ({"key_columns": ["uid"]}, "--key_columns takes two or three columns, got uid"),
         (
             {"dataset_name": "no/such/set"},
-            r"(?s)--dataset_name no/such/set .* cannot be loaded.*Accepted: a Hub name, a folder, a Parquet",
+            r"(?s)--dataset_name no/such/set .* cannot be loaded.*Accepted: a Hub name, a folder, or a Parquet",
         ),
         ({"hub_public": True}, "--hub_dataset_id and --hub_public do nothing without --push_to_hub"),
         ({"reward_model": "~/no/lr=1e-5/model"}, "--reward_model /.*/no/lr=1e-5/model cannot be loaded"),
