@@ -191,7 +191,7 @@ def decode_image(data, side=None):
     try:
         if isinstance(data, dict):
             data, path = data["bytes"], data["path"]
-            if data is None:
+            if data is None and path is not None:
                 raise ValueError(f"only a path, {Path(path).name}: `Dataset.push_to_hub` embeds images in the rows")
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if side is not None:
@@ -291,7 +291,10 @@ def open_data(args):
             raise ValueError("it is a file, and none named .parquet: pandas converts others")
         else:
             builder = load_dataset_builder(name)
-        files = list((builder.config.data_files or {}).get(split, []))
+        known = builder.config.data_files or {}
+        if known and re.split(r"[+\[]", split)[0] not in known:
+            raise ValueError(f"it has the splits {', '.join(known)}")
+        files = list(known.get(split, []))
         commit = next(iter(re.findall("@([0-9a-f]{40})/", " ".join(files))), None)
         files = files if builder.name == "parquet" else []
         if args.streaming and not files:
@@ -789,9 +792,17 @@ def score_data_set(rows, shards, source, folder, args):
 
 
 def files_of(path):
-    """Names, sizes and times of the files of a folder, or of one; none if there is nothing at the path."""
-    paths = [Path(path), *sorted(Path(path).rglob("*"))]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in paths if file.is_file()]
+    """Names and hashes of the files of a folder, or of one, but for hidden ones; none if there is nothing there."""
+    found = []
+    for file in sorted([Path(path), *Path(path).rglob("*")]):
+        name = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            digest = hashlib.blake2b(digest_size=16)
+            with file.open("rb") as opened:
+                for part in iter(lambda: opened.read(READ_BUFFER), b""):
+                    digest.update(part)
+            found.append([str(name), digest.hexdigest()])
+    return found
 
 
 def read_rows(shards, args):
@@ -866,10 +877,10 @@ def make_labels(found, rows, source, commit, args):
     bad = reasons.drop_null().to_pylist()
 
     seen, published = np.unique(scores[finite]).tolist(), source["label_range"]
-    if not seen or not (args.score_range or published or len(seen) > 1):
+    if len(bad) == len(rows) or not (args.score_range or published or len(seen) > 1):
         found = f"{finite.sum()} of {len(scores)} images have a score, {len(seen)} different ones"
         why = f"Reasons: {pd.Series(bad).value_counts().head(3).to_dict()}"
-        raise UserError(f"{found}: at least two are needed. Check --image_columns. {why}.")
+        raise UserError(f"{found}: at least the two of a pair are needed. Check --image_columns. {why}.")
     low, high = args.score_range or published or (seen[0], seen[-1])
     range_from = "the command line" if args.score_range else "published labels" if published else "the scores"
     label = soft_label(scores[::2], scores[1::2], low, high).numpy().astype(np.float32)
@@ -952,10 +963,11 @@ def write_own_pairs(folder, path):
         for side in ("preferred", "rejected")
     )
     texts = {name: image.with_suffix(".txt") for name, image in preferred.items()}
-    captions = {name: text.read_text("utf-8").strip() for name, text in texts.items() if text.exists()}
-    if (folder / "metadata.csv").exists():
-        with explain_errors("pairs_from", folder / "metadata.csv", FOLDERS_ACCEPTED):
-            captions |= dict(pd.read_csv(folder / "metadata.csv", dtype=str)[["file_name", "caption"]].dropna().values)
+    with explain_errors("pairs_from", folder, f"{FOLDERS_ACCEPTED}, in UTF-8"):
+        captions = {name: text.read_text("utf-8-sig").strip() for name, text in texts.items() if text.exists()}
+        if (folder / "metadata.csv").exists():
+            table = pd.read_csv(folder / "metadata.csv", dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            captions |= dict(table[["file_name", "caption"]].values)
     alone, mute = preferred.keys() ^ rejected.keys(), preferred.keys() - captions.keys()
     if alone or mute or not preferred:
         found = f"{len(preferred)} preferred images; in one folder only: {sorted(alone)}; no caption: {sorted(mute)}"
@@ -1047,6 +1059,10 @@ def resolve(args):
         (not args.output_path.endswith(".parquet"), f"--output_path must end in .parquet, got {args.output_path}."),
         (low >= high, f"--score_range must be a MIN and a larger MAX, got {low} {high}."),
         (
+            args.pairs_from and (args.score_range or args.streaming or args.push_to_hub),
+            "--score_range, --streaming and --push_to_hub do nothing with --pairs_from: label what it writes.",
+        ),
+        (
             (args.hub_dataset_id or args.hub_public) and not args.push_to_hub,
             "--hub_dataset_id and --hub_public do nothing without --push_to_hub.",
         ),
@@ -1075,7 +1091,8 @@ def main(args):
     except OSError as error:
         raise UserError(f"--output_path {path} cannot be written ({error}): name another file.") from error
     if args.pairs_from is not None:
-        write_own_pairs(Path(args.pairs_from), path)
+        if state.is_main_process:
+            write_own_pairs(Path(args.pairs_from), path)
         return
     shards, commit = open_data(args)
     folder, rows, source = start_run(shards, commit, args)

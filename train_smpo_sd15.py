@@ -153,7 +153,7 @@ PROCESS_TIMEOUT = timedelta(hours=6)  # how long processes wait for the first on
 STOP_SIGNALS = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal with a checkpoint saved, to be started again
 RECORD_FILE, LOCK_FILE = "training_args.json", ".lock"
-NUM_VALIDATION_PAIRS = 256
+NUM_VALIDATION_PAIRS, MAX_VALIDATION_PROMPTS = 256, 32
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
 MAX_BAD_SHARE, MIN_BAD_PAIRS = 0.1, 10  # a run stops if more of the drawn pairs, and more than these, cannot be read
 MAX_NONFINITE_STEPS = 20  # in a row; fp16 takes some to find its scale
@@ -272,7 +272,7 @@ def invert(predict_noise, x_0, t, alpha_bar, num_inversion_steps, noising, renoi
     """
     if noising not in ("ddim", "renoise", "released"):
         raise ValueError(f'noising must be "ddim", "renoise" or "released" to invert, got {noising!r}.')
-    if renoise_at not in ("last_move", "every_move"):
+    if noising == "renoise" and renoise_at not in ("last_move", "every_move"):
         raise ValueError(f'renoise_at must be "last_move" or "every_move", got {renoise_at!r}.')
     released, corrected = noising == "released", renoise_at if noising == "renoise" else None
     grid = released_timesteps if released else inversion_timesteps
@@ -685,7 +685,7 @@ def decode_image(data, side=None):
     try:
         if isinstance(data, dict):
             data, path = data["bytes"], data["path"]
-            if data is None:
+            if data is None and path is not None:
                 raise ValueError(f"only a path, {Path(path).name}: `Dataset.push_to_hub` embeds images in the rows")
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if side is not None:
@@ -1248,7 +1248,7 @@ def make_pipeline(unet, args, **parts):
 def draw_validation(accelerator, unet, context):
     """Images of one UNet for the validation prompts, one prompt after the other, the same seeds every time.
 
-    The processes share the prompts, each drawing one at least, as under FSDP all have to call the UNet."""
+    The processes share the prompts. With padding each draws as many, as under FSDP all have to call the UNet."""
     models, args, device, drawn = context.models, context.args, accelerator.device, []
     parts = {part: models[part] for part in ["vae", *TOKENIZERS, *TEXT_ENCODERS]}
     pipeline = make_pipeline(accelerator.unwrap_model(unet), args, **parts, **PIPELINE_OPTIONS)
@@ -1257,7 +1257,7 @@ def draw_validation(accelerator, unet, context):
     options["num_inference_steps"] = args.validation_inference_steps
     prompts = list(enumerate(args.validation_prompts))
     with (
-        accelerator.split_between_processes(prompts) as mine,
+        accelerator.split_between_processes(prompts, apply_padding=True) as mine,
         offload_models(vae, *(models[part] for part in TEXT_ENCODERS), device=device, offload=args.offload),
     ):
         for number, prompt in mine:
@@ -1560,6 +1560,9 @@ def resolve(args):
             problems.append(f"--validation_prompts {file} is no text file in UTF-8 with a prompt a line: {error}.")
         if not args.validation_prompts:
             problems.append(f"--validation_prompts {file} has no prompts.")
+    if len(args.validation_prompts or []) > MAX_VALIDATION_PROMPTS:
+        found = f"{len(args.validation_prompts)} prompts, more than {MAX_VALIDATION_PROMPTS} for a picture"
+        problems.append(f"--validation_prompts has {found}: give fewer; evaluate_smpo.py draws many.")
 
     checkpoints, asked, folder = find_checkpoints(args.output_dir), args.resume_from_checkpoint, args.output_dir
     found = sorted(path.name for path in Path(args.output_dir).glob("*") if path.name != LOCK_FILE)
@@ -1582,6 +1585,7 @@ def resolve(args):
     if args.noising != "forward":
         usual = RELEASED_LEVELS if args.noising == "released" else NUM_INVERSION_STEPS
         args.num_inversion_steps = args.num_inversion_steps or usual
+    if args.noising == "renoise":
         args.renoise_at = args.renoise_at or RENOISE_AT
     return args
 
@@ -1714,6 +1718,7 @@ def fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_tra
     if args.validation_prompts:
         with reference_of(context) as reference:
             base_images = draw_validation(accelerator, reference, context)
+        del reference  # or the policy of a LoRA would outlive `end_run`
     hidden = not accelerator.is_local_main_process
     bar = tqdm(total=max_train_steps, initial=progress.step, desc="Steps", unit="step", disable=hidden)
     steps = optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, stop_signals, context)
@@ -1749,6 +1754,7 @@ def fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_tra
             raise UserError(f"{problem} {last_checkpoint(args)} {advice}")
         if stopping and progress.step < max_train_steps:
             logger.warning(f"Stopped by a signal: --resume_from_checkpoint latest goes on from step {progress.step}.")
+            end_run(accelerator, context.models)
             sys.exit(EXIT_STOPPED)
         if taken and progress.step % args.validation_steps == 0:
             validated = progress.step
@@ -1757,6 +1763,14 @@ def fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_tra
     if validated != progress.step:
         logs.update(validate(accelerator, held_out, base_images, progress.step, context))
     return logs
+
+
+def end_run(accelerator, models):
+    """Frees the policy, then the process group: DDP frees it last otherwise, and with gloo waits, holding Python's
+    lock, for a thread that may wait for this lock."""
+    models.clear()
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args):
@@ -1789,17 +1803,11 @@ def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args
         going_on = {"wandb": {"id": record["wandb_id"], "resume": "allow"}}
         accelerator.init_trackers("smpo-diffusion", config=flat, init_kwargs=going_on)
 
-    try:
-        logs = fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_train_steps, record, context)
-        policy = plain_unet(accelerator, models["unet"])
-        if accelerator.is_main_process:
-            save_final(policy, logs, progress.step, args)
-    finally:
-        # The policy goes before the process group: DDP would free that last, and with gloo wait, holding Python's
-        # lock, for a thread that may wait for this lock.
-        models.clear()
-        accelerator.free_memory()
-        accelerator.end_training()
+    logs = fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_train_steps, record, context)
+    policy = plain_unet(accelerator, models["unet"])
+    if accelerator.is_main_process:
+        save_final(policy, logs, progress.step, args)
+    end_run(accelerator, models)
 
 
 def main(args):
