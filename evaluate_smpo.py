@@ -116,8 +116,13 @@ KINDS = {  # of models, by a file that tells; with the LoRA's file or the UNet's
 ENDS = [0.025, 0.975]  # of a 95 % interval, as quantiles
 NUM_RESAMPLES = 4_000  # of the bootstrap
 NUM_HALVES = 1_000  # ways to split the prompts into two halves
+PAIRS_ROW_GROUP = 64  # pairs of images in memory at a time
 FEW_PROMPTS = 20  # below them no interval means much
 NUM_COMPARED_PROMPTS = 12
+MODEL_FILE = (
+    r"(?!(partial-)?checkpoint-)([^/]+/)?([^/]+\.(safetensors|bin)|[^/]*config\.json|model_index\.json|tokenizer\.json"
+    r"|vocab\.json|merges\.txt)$"
+)
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
 BEFORE_FORMULA = r"^(?=[=+@\t\r-])"  # in a cell, as a spreadsheet sees it
 MERGE_TIMEOUT = timedelta(days=7)  # how long a process waits at the end for a slower one
@@ -250,7 +255,8 @@ def read_prompts(path, column):
         if suffix == ".txt":
             table = pd.DataFrame({column: Path(path).read_text(**utf8).splitlines()})
         elif suffix == ".parquet":
-            table = pd.read_parquet(path, columns=[column])  # and no pictures
+            names = pq.read_schema(path).names
+            table = pd.read_parquet(path, columns=[column]) if column in names else pd.DataFrame(columns=names)
         elif suffix in (".csv", ".tsv"):
             separator = "\t" if suffix == ".tsv" else ","
             table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, **utf8)
@@ -270,6 +276,9 @@ def load_prompts(args):
     Raises `UserError` if there is none.
     """
     group_of = {}
+    stems = [Path(path).stem for path in args.prompts_path]
+    if len(stems) > 1 and len({ALL, *stems}) <= len(stems):
+        raise UserError(f"--prompts_path: {', '.join(stems)} name groups, each its own, and none of them {ALL}.")
     for path in args.prompts_path:
         for prompt in read_prompts(path, args.caption_column):
             group_of.setdefault(prompt, Path(path).stem if len(args.prompts_path) > 1 else None)
@@ -315,12 +324,12 @@ def locate(flag, path, revision=None):
             if not any((local / file).exists() for file in KINDS):  # a LoRA under a name of its own
                 snapshot_download(path, revision=commit, allow_patterns="*.safetensors")
     root = local.parent if local.is_file() else local
-    files = [local] if local.is_file() else sorted(file for file in local.rglob("*") if file.is_file())
-    facts = [[file.relative_to(root).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    # What a run has ended with is known without its checkpoints, which may be deleted.
-    lasting = [fact for fact in facts if not re.match(r"(partial-)?checkpoint-\d+/", fact[0])]
-    identity = f"{path}@{commit}" if commit else f"{path} {digest(lasting)}"
-    return Source(path, commit, [name for name, *_ in facts], identity)
+    folders = [] if local.is_file() else os.walk(local, followlinks=True)
+    files = [local] if local.is_file() else [Path(folder) / name for folder, _, names in folders for name in names]
+    facts = [[f.relative_to(root).as_posix(), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)]
+    # What a model is made of, and not a run's checkpoints, which may be deleted, nor what is written beside it.
+    lasting = [fact for fact in facts if re.match(MODEL_FILE, fact[0])]
+    return Source(path, commit, [name for name, *_ in facts], f"{path}@{commit}" if commit else digest(lasting))
 
 
 def locate_models(args):
@@ -352,6 +361,8 @@ def load_pipeline(source, base, device, args):
         pipeline = DiffusionPipeline.from_pretrained(whole.path, revision=whole.commit, **parts)
         if kind == "lora":
             pipeline.load_lora_weights(source.path, weight_name=part, revision=source.commit)
+            if not pipeline.get_active_adapters():
+                raise ValueError("none of its layers is one of the base model's")
         pipeline.to(device)  # what had no weights fails here
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -363,7 +374,7 @@ def load_pipeline(source, base, device, args):
 def save_whole(path, save):
     """Lets `save` fill a file under another name, and renames it: who is killed leaves no half of it. A `UserError`
     says that it cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
@@ -715,10 +726,10 @@ def kept_scores(args):
     return {key: score for path in paths for key, score in json.loads(path.read_text()).items()}
 
 
-def score_missing(jobs, description, scorers, args):
-    """Scores those images that have no score yet, and keeps what a batch gives in a file of its own; raises
-    `UserError` at a score that is not finite."""
-    folder, kept = Path(args.output_dir), kept_scores(args)
+def score_missing(jobs, description, kept, scorers, args):
+    """Scores those images that have no score among `kept` yet, and adds what a batch gives, also as a file of its own;
+    raises `UserError` at a score that is not finite."""
+    folder = Path(args.output_dir)
     keys = {job: {reward: score_key(job, scorer, args) for reward, scorer in scorers.items()} for job in jobs}
     missing = [job for job in jobs if not kept.keys() >= set(keys[job].values())]
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without holding up the others
@@ -739,6 +750,7 @@ def score_missing(jobs, description, scorers, args):
                         )
                 found = {keys[job][reward]: scorer.reward.scale * score for job, score in zip(new, scores)}
                 save_text(folder / "scores" / f"{digest(list(found))}.json", json.dumps(found))
+                kept |= found
 
 
 # ---- Tables and pictures --------------------------------------------------------------------------------------------
@@ -940,16 +952,17 @@ def write_blind(table, args):
     for path in folder.glob("*.png"):  # of models that are not compared any more
         if re.fullmatch(r"[0-9a-f]{16}\.png", path.name) and path.name not in names.values():
             path.unlink()
-    for image, name in names.items():
-        save_whole(folder / name, lambda temporary: shutil.copyfile(folder.parent / image, temporary))
+    for image, name in names.items():  # the name is a hash of all that made the image
+        if not (folder / name).exists():
+            save_whole(folder / name, lambda temporary: shutil.copyfile(folder.parent / image, temporary))
     page = jinja2.Template(BLIND, autoescape=True).render(duels=duels, key=digest(duels))
     save_text(folder / "index.html", page)
 
 
-def read_votes(table, args):
+def read_votes(jobs, args):
     """A line for each of --votes: the tuned model's `image` and the `base_image`, the `model` and `prompt`, and what
     it has `won`, 1, 0 or, at a tie, 0.5."""
-    jobs = {f"{digest(job.image)}.png": job for job in table.itertuples()}
+    jobs = {f"{digest(job.image)}.png": job for job in jobs}
     votes = []
     for path in args.votes or []:
         with explain_errors("votes", path, "what the page of --blind in this --output_dir has made"):
@@ -958,6 +971,8 @@ def read_votes(table, args):
                 won = {1: 1.0, 2: 0.0, 0: 0.5}[vote["vote"]]
                 tuned, base, won = (right, left, 1 - won) if left.model == "base" else (left, right, won)
                 votes.append((tuned.image, base.image, tuned.model, tuned.prompt, won))
+            if not votes:
+                raise ValueError("it has no votes")
     return pd.DataFrame(votes, columns=["image", "base_image", "model", "prompt", "won"])
 
 
@@ -976,24 +991,24 @@ def count_votes(votes, seed):
 
 
 def couple_images(table, votes, reward, args):
-    """Couples of lines of scores.csv, dicts that also have a `uid` and the `label`, P(it is preferred): of each prompt
-    the best and the worst image (--pairs all: every two) or, with --votes, what people chose between, and the mean of
-    the votes."""
-    labelled = []
+    """Couples of lines of scores.csv, dicts that also have a `uid`, each with its label, P(it is preferred): of each
+    prompt the best and the worst image (--pairs all: every two) or, with --votes, what people chose between, and the
+    mean of the votes."""
+    uids = [hashlib.sha256((Path(args.output_dir) / image).read_bytes()).hexdigest() for image in table["image"]]
+    lines = {line["image"]: line for line in table.assign(uid=uids).to_dict("records")}
     if args.votes:
         labelled = votes.groupby(["image", "base_image"], sort=False)["won"].mean().items()
-    for _, rows in table.groupby("prompt", sort=False) if not args.votes else ():
-        images = rows.sort_values(reward, ascending=False, kind="stable")["image"].tolist()
-        couples = itertools.combinations(images, 2) if args.pairs == "all" else [(images[0], images[-1])]
-        labelled += [(couple, 1.0) for couple in couples]
-    lines, couples = {line["image"]: line for line in table.to_dict("records")}, []
-    for images, share in labelled:
-        uids = [hashlib.sha256((Path(args.output_dir) / image).read_bytes()).hexdigest() for image in images]
-        both = zip(images, uids, (share, 1 - share))
-        couple = [lines[image] | {"uid": uid, "label": label} for image, uid, label in both]
-        if couple[0]["uid"] != couple[1]["uid"]:
-            couples.append(sorted(couple, key=lambda line: line["uid"]))  # which is first says nothing
-    return couples
+        labelled = [([lines[image] for image in images], share) for images, share in labelled]
+    else:
+        labelled = []
+        for _, rows in table.groupby("prompt", sort=False):
+            ranked = [lines[image] for image in rows.sort_values(reward, ascending=False, kind="stable")["image"]]
+            couples = itertools.combinations(ranked, 2) if args.pairs == "all" else [(ranked[0], ranked[-1])]
+            labelled += [(couple, float(wins(couple[0][reward], couple[1][reward]))) for couple in couples]
+    labelled = [
+        ((best, share), (worst, 1 - share)) for (best, worst), share in labelled if best["uid"] != worst["uid"]
+    ]
+    return [sorted(both, key=lambda side: side[0]["uid"]) for both in labelled]  # which is first says nothing
 
 
 def write_pairs(table, votes, scorers, args):
@@ -1006,22 +1021,23 @@ def write_pairs(table, votes, scorers, args):
     low, high = scorer.source["label_range"] or (table[reward].agg(["min", "max"]) / scorer.reward.scale)
 
     def as_pair(couple):
-        pair = {"caption": couple[0]["prompt"], "ranking_id": "-".join(line["uid"][:16] for line in couple)}
-        for i, line in enumerate(couple):
+        pair = {"caption": couple[0][0]["prompt"], "ranking_id": "-".join(line["uid"][:16] for line, _ in couple)}
+        for i, (line, label) in enumerate(couple):
             pair[f"jpg_{i}"] = (Path(args.output_dir) / line["image"]).read_bytes()
-            pair |= {f"image_{i}_uid": line["uid"], f"label_{i}": line["label"]}
+            pair |= {f"image_{i}_uid": line["uid"], f"label_{i}": label}
             pair |= {f"{name}_{i}": line[name] for name in ("model", "seed")}
             pair |= {f"score_{i}_{name}": line[name] for name in scorers}
         if not args.votes:
-            gap = (couple[0][reward] - couple[1][reward]) / scorer.reward.scale
-            pair["soft_label_0"] = 1 / (1 + math.exp(-gap / (high - low)))
+            gap = (couple[0][0][reward] - couple[1][0][reward]) / scorer.reward.scale
+            pair["soft_label_0"] = 1 / (1 + math.exp(-gap / (high - low))) if gap else 0.5
         return pair
 
     def save(path):
         schema = pa.Table.from_pylist([as_pair(couples[0])]).schema
         with pq.ParquetWriter(path, schema) as writer:
-            for couple in couples:  # two pictures in memory at a time
-                writer.write_table(pa.Table.from_pylist([as_pair(couple)], schema))
+            for start in range(0, len(couples), PAIRS_ROW_GROUP):
+                pairs = [as_pair(couple) for couple in couples[start : start + PAIRS_ROW_GROUP]]
+                writer.write_table(pa.Table.from_pylist(pairs, schema))
 
     save_whole(Path(args.pairs_path), save)
 
@@ -1063,7 +1079,9 @@ def named_sources(values, flag, taken, problems):
         name, equals, path = value.partition("=")
         if not equals or "/" in name:  # a path may have an = of its own
             name, path = Path(value).name.removesuffix(".safetensors"), value
-        if not re.fullmatch(r"[\w.-]+", name) or name in taken or name in sources:
+        if not path:
+            problems.append(f"--{flag} {value} names no path: is the variable set that it comes from?")
+        if not re.fullmatch(r"[\w-][\w.-]*", name) or name in taken or name in sources:
             problems.append(
                 f"--{flag} {value}: {name!r} cannot name it, as it is taken or has other characters than letters,"
                 " digits, '.', '_' and '-'. Give NAME=PATH."
@@ -1160,24 +1178,26 @@ def main(args):
     (sources,) = broadcast_object_list([locate_models(args)])  # the same commits and times in all processes
     scorers = load_scorers(state.device, args)  # before anything is drawn: they may not be there
     jobs = list_jobs(sources, group_of, args)
+    votes = read_votes(jobs, args)
+    kept = kept_scores(args)
     for name in sources:
         own = [job for job in jobs[state.process_index :: state.num_processes] if job.model == name]
         draw_images(own, sources, args)
-        score_missing(own, f"Scores of {name}", scorers, args)
+        score_missing(own, f"Scores of {name}", kept, scorers, args)
     state.wait_for_everyone()
     if state.is_main_process:
-        score_missing(jobs, "Scores", scorers, args)  # what a file of another machine does not show yet
         kept = kept_scores(args)
+        score_missing(jobs, "Scores", kept, scorers, args)  # what a file of another machine does not show yet
         scores = {reward: [kept[score_key(job, scorer, args)] for job in jobs] for reward, scorer in scorers.items()}
         table = pd.DataFrame(jobs).assign(**scores)
-        votes = read_votes(table, args)
         record = write_results(table, votes, sources, scorers, args)
-        if args.report_to != "none":
-            send_results(record, args)
         if args.blind:
             write_blind(table, args)
         if args.pairs_path is not None:
             write_pairs(table, votes, scorers, args)
+        if args.report_to != "none":
+            with explain_errors("report_to", args.report_to, "a tracker that is installed and logged in"):
+                send_results(record, args)
         print(f"\nImages, scores and pictures are in {args.output_dir}: look at its gallery.html.")
 
 

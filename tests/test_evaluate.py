@@ -263,10 +263,14 @@ def test_images_of_something_else_are_not_mistaken(damaged, tmp_path):
         return {job.image for job in jobs if job.model == name}
 
     base, mine = images_of("base"), images_of("mine")
+    other = shutil.copytree(TINY / "sd15", tmp_path / "sd15")
+    assert base == images_of("base", pretrained_model_name_or_path=other)  # the same, elsewhere
+    (other / "model_index.json").touch()
+    (model / "notes.md").touch()
     for flag, value in [
         ("guidance_scale", 2.0), ("num_inference_steps", 3), ("resolution", 32), ("dtype", "bfloat16"), ("seed", 9),
         ("prompts_path", TINY / "pairs" / "train.parquet"), ("num_images_per_prompt", 2),
-        ("pretrained_model_name_or_path", shutil.copytree(TINY / "sd15", tmp_path / "sd15")),
+        ("pretrained_model_name_or_path", other),
     ]:  # fmt: skip
         assert len(base & images_of("base", **{flag: value})) <= (flag == "num_images_per_prompt"), flag
         assert len(mine & images_of("mine", **{flag: value})) <= (flag == "num_images_per_prompt"), flag
