@@ -293,7 +293,7 @@ def open_data(args):
             builder = load_dataset_builder(name)
         known = builder.config.data_files or {}
         if known and re.split(r"[+\[]", split)[0] not in known:
-            raise ValueError(f"it has the splits {', '.join(known)}")
+            raise ValueError(f"it has the splits {', '.join(map(str, known))}")
         files = list(known.get(split, []))
         commit = next(iter(re.findall("@([0-9a-f]{40})/", " ".join(files))), None)
         files = files if builder.name == "parquet" else []

@@ -201,6 +201,11 @@ def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
             r"(?s)--dataset_name no/such/set .* cannot be loaded.*Accepted: a Hub name, a folder, or a Parquet",
         ),
         ({"hub_public": True}, "--hub_dataset_id and --hub_public do nothing without --push_to_hub"),
+        (
+            {"dataset_split_name": "trian"},
+            "--dataset_split_name trian cannot be loaded: it has the splits train, test",
+        ),
+        ({"dataset_name": None, "pairs_from": "x", "push_to_hub": True}, "do nothing with --pairs_from: label what"),
         ({"reward_model": "~/no/lr=1e-5/model"}, "--reward_model /.*/no/lr=1e-5/model cannot be loaded"),
         ({"reward_model": "mine=no/model"}, "--reward_model no/model cannot be loaded"),
         ({"reward_model": TINY / "sd15" / "text_encoder"}, "is a .*, not a CLIP-style model"),
@@ -219,6 +224,7 @@ def test_bad_input_is_named(flags, message, tmp_path):
 @pytest.mark.parametrize("rows, columns, message", [
     (0, {}, "has no rows in the split train"),
     (8, {"caption": pa.nulls(8, pa.string())}, "pairs.parquet holds no captions"),
+    (8, {"jpg_1": pa.nulls(8, pa.binary())}, "8 of 16 images .*the two of a pair are needed. Check --image_columns"),
     (8, dict.fromkeys(["jpg_0", "jpg_1"], pa.nulls(8, pa.binary())), "0 of 16 images .*Check --image_col.*not a read"),
 ])  # fmt: skip
 def test_data_without_rows_captions_or_images(rows, columns, message, tmp_path):

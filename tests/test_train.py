@@ -94,7 +94,7 @@ def test_full_fine_tuning(full_run):
         assert text in card
     assert str(ROOT) not in card
     record = json.loads((folder / "training_args.json").read_text())
-    assert record["args"]["renoise_at"] == "last_move" and record["versions"]["torch"] == torch.__version__
+    assert record["args"]["noising"] == "released" and record["versions"]["torch"] == torch.__version__
 
 
 def test_lora(tmp_path, labels_path):
@@ -320,6 +320,7 @@ def test_what_cannot_be_written_to_or_has_no_words_is_named(tmp_path):
         ({"hub_model_id": "a/b", "hub_public": True}, "--hub_model_id does nothing.*\n--hub_public does nothing"),
         ({"key_columns": ["a"]}, "--key_columns takes 2 or 3 columns, got a"),
         ({"image_columns": ["a", "a"]}, "--image_columns takes two different columns, got a a"),
+        ({"validation_prompts": ["a"] * 33}, "--validation_prompts has 33 prompts, more than 32 for a picture"),
         (
             {"labels_path": "/no/labels.parquet", "resume_from_checkpoint": "/no/checkpoint-3"},
             "--labels_path /no/labels.parquet is not a file.*\n.* is not an existing folder named checkpoint-STEP",
