@@ -855,7 +855,7 @@ def start_run(shards, commit, args):
     return broadcast_object_list(run)
 
 
-# ---- Labels and their upload ------------------------------------------------------------------------------------------
+# ---- Labels and their upload ----------------------------------------------------------------------------------------
 
 
 def public_name(name, commit):

@@ -42,7 +42,7 @@ on 8 GPUs has the published hyper-parameters, 1024 pairs a step for 200 steps. r
 Diffusion-DPO noises the two images of a pair at random and asks which one the policy denoises better than the
 reference, for a hard winner. SmPO finds the noise by inverting the image with the policy itself, and the pair weighs
 as much as a reward model is sure of it. The inversion is that of the authors' released code, by which the published
-models were trained; the one that the paper describes, DDIM moves and a ReNoise correction at t, is `--noising renoise`.
+models were trained; what the paper describes, DDIM moves and a ReNoise correction at t, is `--noising renoise`.
 
     here           in the paper, or by formula
     x_0            clean latents, scaled                                        [N, 4, h, w]
