@@ -223,7 +223,7 @@ def test_another_run_is_not_resumed(tmp_path, one_step):
     base = shutil.copytree(TINY / "sd15", tmp_path / "base")
     changes = {
         "learning_rate": (1e-4, 2e-4), "train_batch_size": (1, 2), "gradient_accumulation_steps": (1, 3),
-        "seed": (1, 5), "beta_dpo": (2000, 10.0), "gamma": (10, 3.0), "noising": ("forward", "ddim"),
+        "seed": (1, 5), "beta_dpo": (2000, 10.0), "gamma": (10, 3.0), "noising": ("forward", "renoise"),
         "num_inversion_steps": (None, 3), "rank": (2, 4), "lora_alpha": (2, 4), "max_train_steps": (1, 9),
         "lr_scheduler": ("constant_with_warmup", "cosine"), "optimizer": ("adamw", "adafactor"),
         "caption_column": ("caption", "image_0_uid"), "human_label_column": ("label_0", "none"),
