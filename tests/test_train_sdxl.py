@@ -318,6 +318,7 @@ def test_other_schedules(tmp_path, sdxl):
     assert context.prediction_type == "v_prediction" and context.alpha_bar[-1] == 0 and turbo[-1] > 1e-3
     batch = train_smpo_sdxl.collate_pairs([pairs[0, 0]])
     batch["timesteps"][:] = 999
+    context.args.renoise_at = "last_move"
     for context.args.noising in ("renoise", "released", "forward"):
         metrics, _ = step_of(train_smpo_sdxl, batch, context)
         assert all(math.isfinite(value) for value in metrics.values())
