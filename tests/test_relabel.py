@@ -202,8 +202,8 @@ def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
         ),
         ({"hub_public": True}, "--hub_dataset_id and --hub_public do nothing without --push_to_hub"),
         (
-            {"dataset_split_name": "trian"},
-            "--dataset_split_name trian cannot be loaded: it has the splits train, test",
+            {"dataset_split_name": "absent"},
+            "--dataset_split_name absent cannot be loaded: it has the splits train, test",
         ),
         ({"dataset_name": None, "pairs_from": "x", "push_to_hub": True}, "do nothing with --pairs_from: label what"),
         ({"reward_model": "~/no/lr=1e-5/model"}, "--reward_model /.*/no/lr=1e-5/model cannot be loaded"),
