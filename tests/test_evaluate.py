@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import hub_server
 import huggingface_hub
@@ -527,6 +528,18 @@ def test_pairs_of_the_base_alone_and_of_images_that_do_not_differ(tmp_path):
     with pytest.raises(UserError, match="--pairs_path .*stays unwritten: of no prompt do two images differ"):
         evaluate(tmp_path / "same", pairs_path=tmp_path / "none.parquet")
     assert not (tmp_path / "none.parquet").exists() and (tmp_path / "same" / "results.md").is_file()
+
+
+def test_a_tie_is_labelled_as_one(tmp_path):
+    """Two unlike images of one score are no choice: neither is the better one, whichever comes first."""
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (8, 8), color).save(tmp_path / name)
+    table = pd.DataFrame({"image": ["a.png", "b.png"], "prompt": ["x", "x"], "score": [1.0, 1.0]})
+    args = SimpleNamespace(output_dir=tmp_path, votes=None, pairs=None)
+    for scores, expected in (([1.0, 1.0], {0.5}), ([1.0, 2.0], {0.0, 1.0})):
+        ((first, second),) = evaluate_smpo.couple_images(table.assign(score=scores), None, "score", args)
+        assert {first[1], second[1]} == expected
+    assert {line["image"]: label for line, label in (first, second)} == {"a.png": 0.0, "b.png": 1.0}
 
 
 # Prompts
