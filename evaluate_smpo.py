@@ -63,7 +63,7 @@ import shutil
 import sys
 from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from statistics import NormalDist
@@ -120,8 +120,8 @@ PAIRS_ROW_GROUP = 64  # pairs of images in memory at a time
 FEW_PROMPTS = 20  # below them no interval means much
 NUM_COMPARED_PROMPTS = 12
 MODEL_FILE = (
-    r"(?!(partial-)?checkpoint-)([^/]+/)?([^/]+\.(safetensors|bin)|[^/]*config\.json|model_index\.json|tokenizer\.json"
-    r"|vocab\.json|merges\.txt)$"
+    r"(?!(partial-)?checkpoint-[^/]*/)([^/]+/)?([^/]+\.(safetensors|bin|pth?)|[^/]*config\.json|model_index\.json"
+    r"|tokenizer\.json|vocab\.json|merges\.txt)$"
 )
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
 BEFORE_FORMULA = r"^(?=[=+@\t\r-])"  # in a cell, as a spreadsheet sees it
@@ -241,7 +241,7 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
     """Turns a library's complaint about what a flag names into a `UserError` with the flag and what it accepts."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of a dozen types on damaged files
         reason = f"{error} ({error.__cause__})" if error.__cause__ else error
@@ -326,10 +326,11 @@ def locate(flag, path, revision=None):
     root = local.parent if local.is_file() else local
     folders = [] if local.is_file() else os.walk(local, followlinks=True)
     files = [local] if local.is_file() else [Path(folder) / name for folder, _, names in folders for name in names]
-    facts = [[f.relative_to(root).as_posix(), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files)]
+    names = [file.relative_to(root).as_posix() for file in sorted(files)]
     # What a model is made of, and not a run's checkpoints, which may be deleted, nor what is written beside it.
-    lasting = [fact for fact in facts if re.match(MODEL_FILE, fact[0])]
-    return Source(path, commit, [name for name, *_ in facts], f"{path}@{commit}" if commit else digest(lasting))
+    lasting = [(name, (root / name).stat()) for name in names if local.is_file() or re.match(MODEL_FILE, name)]
+    facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in lasting]
+    return Source(path, commit, names, f"{path}@{commit}" if commit else digest(facts))
 
 
 def locate_models(args):
@@ -380,6 +381,8 @@ def save_whole(path, save):
         save(temporary)
         os.replace(temporary, path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
         advice = "All before it is kept: make room, or name another folder, and start the same command again."
         raise UserError(f"{path} cannot be written ({error}). {advice}") from error
 
@@ -431,7 +434,11 @@ def draw_images(jobs, sources, args):
     for batch in batches(missing, f"Images of {name}", args):
         # On the CPU, so that an image does not depend on the device or on the batch it is drawn in.
         generators = [torch.Generator().manual_seed(job.seed) for job in batch]
-        images = pipeline([job.prompt for job in batch], generator=generators, **options).images
+        try:
+            images = pipeline([job.prompt for job in batch], generator=generators, **options).images
+        except torch.OutOfMemoryError as error:
+            advice = "give less, and start the same command again, which keeps all that is drawn"
+            raise UserError(f"--batch_size {args.batch_size} does not fit into memory: {advice}. {error}") from error
         for job, image in zip(batch, images):
             save_whole(folder / job.image, lambda temporary: image.save(temporary, "png"))
 
@@ -949,9 +956,8 @@ def write_blind(table, args):
         left, right = (names[image] for image in rng.permutation([job.image, base[job.seed]]))
         duels.append({"prompt": job.prompt, "left": left, "right": right})
     rng.shuffle(duels)
-    for path in folder.glob("*.png"):  # of models that are not compared any more
-        if re.fullmatch(r"[0-9a-f]{16}\.png", path.name) and path.name not in names.values():
-            path.unlink()
+    for path in {*folder.glob("[0-9a-f]" * 16 + ".png")} - {folder / name for name in names.values()}:
+        path.unlink()  # of a model that is not compared any more
     for image, name in names.items():  # the name is a hash of all that made the image
         if not (folder / name).exists():
             save_whole(folder / name, lambda temporary: shutil.copyfile(folder.parent / image, temporary))
@@ -1005,10 +1011,8 @@ def couple_images(table, votes, reward, args):
             ranked = [lines[image] for image in rows.sort_values(reward, ascending=False, kind="stable")["image"]]
             couples = itertools.combinations(ranked, 2) if args.pairs == "all" else [(ranked[0], ranked[-1])]
             labelled += [(couple, float(wins(couple[0][reward], couple[1][reward]))) for couple in couples]
-    labelled = [
-        ((best, share), (worst, 1 - share)) for (best, worst), share in labelled if best["uid"] != worst["uid"]
-    ]
-    return [sorted(both, key=lambda side: side[0]["uid"]) for both in labelled]  # which is first says nothing
+    couples = (((best, share), (worst, 1 - share)) for (best, worst), share in labelled if best["uid"] != worst["uid"])
+    return [sorted(both, key=lambda side: side[0]["uid"]) for both in couples]  # which is first says nothing
 
 
 def write_pairs(table, votes, scorers, args):
@@ -1146,6 +1150,8 @@ def resolve(args):
         problems.append("Give tuned models with --models, or a run with --run_dir.")
     elif not args.models and run is None and args.num_images_per_prompt < 2:
         problems.append("--pairs_path needs two images of a prompt: give --num_images_per_prompt 2 or --models.")
+    if args.revision and Path(args.pretrained_model_name_or_path).exists():
+        problems.append("--revision does nothing without a base model on the Hub: leave it out.")
     if run and not steps:
         problems.append(f"--run_dir {run} has no folders named checkpoint-STEP.")
     if args.pairs and (not pairs or args.votes):
@@ -1186,6 +1192,8 @@ def main(args):
         score_missing(own, f"Scores of {name}", kept, scorers, args)
     state.wait_for_everyone()
     if state.is_main_process:
+        if lost := [job.image for job in jobs if not (Path(args.output_dir) / job.image).exists()]:
+            raise UserError(f"--output_dir {args.output_dir} lacks {lost[0]}: machines have to share the folder.")
         kept = kept_scores(args)
         score_missing(jobs, "Scores", kept, scorers, args)  # what a file of another machine does not show yet
         scores = {reward: [kept[score_key(job, scorer, args)] for job in jobs] for reward, scorer in scorers.items()}

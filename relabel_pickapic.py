@@ -83,6 +83,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, find_executable_batch_size, parse_flag_from_env
 from datasets import load_dataset_builder
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers import (
@@ -173,7 +174,7 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
     """Turns a library's complaint about what a flag names into a `UserError` with the flag and what it accepts."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of a dozen types on damaged files
         reason = f"{error} ({error.__cause__})" if error.__cause__ else error
@@ -250,7 +251,7 @@ class ParquetShards:
         """Columns of all rows, as a table: for keys and labels, not for images."""
 
         def read(path):
-            with self.open(path) as file:
+            with explain_errors("dataset_name", path, "whole Parquet files: fetch it again"), self.open(path) as file:
                 return file.read(columns, use_threads=False)  # Arrow's threads may outlive Python's end, which aborts
 
         with ThreadPoolExecutor(NUM_READERS) as pool:
@@ -298,7 +299,7 @@ def open_data(args):
         commit = next(iter(re.findall("@([0-9a-f]{40})/", " ".join(files))), None)
         files = files if builder.name == "parquet" else []
         if args.streaming and not files:
-            raise ValueError("--streaming reads Parquet files in place, and it has none: leave it out")
+            raise ValueError("--streaming reads whole splits of Parquet files, and this is none: leave it out")
         if not files:
             builder.download_and_prepare()
             data = builder.as_dataset(split)
@@ -648,7 +649,7 @@ class PieceImages(torch.utils.data.IterableDataset):
                     images = list(itertools.chain.from_iterable(images))
                     yield {"piece": piece, **self.prepare(images, slice(start, start + len(images)))}
                     start += len(images)
-            except (OSError, pa.ArrowException) as error:
+            except (OSError, HTTPError, pa.ArrowException) as error:
                 file = self.shards.files[piece.shard]
                 yield {"error": f"{file} breaks off in the row group {piece.group}: {error}"}
 
@@ -755,9 +756,8 @@ def score_together(prefix, pieces, wanted, captions, shards, source, folder, arg
     state.wait_for_everyone()
     missing = [shards.files[piece.shard] for piece, path in paths.items() if not path.exists()]
     if missing:
-        head = "Files that could not be read to the end, see above:"
         advice = f"All else is scored and kept in {folder}: fetch them again, and start the same command again."
-        raise UserError("\n".join([head, *dict.fromkeys(missing), advice]))
+        raise UserError("\n".join(["Files that could not be read, see above:", *dict.fromkeys(missing), advice]))
     found = pa.concat_tables(map(pq.read_table, paths.values())).to_pandas()
     return found.set_index(np.concatenate([np.arange(len(wanted))[piece.places] for piece in pieces]))
 
@@ -816,17 +816,18 @@ def read_rows(shards, args):
     return pa.table({name: table[column] for name, column in columns.items()})
 
 
-def start_run(shards, commit, args):
+def start_run(shards, args):
     """The folder for the scores of this run, its rows (`read_rows`), and its reward model (`find_reward`).
 
     The folder's name is a hash of all that scores depend on: a run that goes on finds its pieces, and takes the reward
-    model at the commit of its start; another one finds nothing. Raises `UserError` if the model has other files now,
+    model at the commit of its start; another one finds nothing. Data are known by sizes, identifiers and captions, not
+    by a commit, which an edit of their README changes. Raises `UserError` if the model has other files now,
     or if there are finished labels of another run.
     """
     run = [None, None, None]
     if PartialState().is_main_process:
         rows, labels_path = read_rows(shards, args), Path(args.output_path)
-        facts = [commit, shards.row_groups, shards.sizes, args.image_columns, args.dtype, args.reward_model]
+        facts = [shards.row_groups, shards.sizes, args.image_columns, args.dtype, args.reward_model]
         digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8)
         names = rows.select([*LABEL_KEYS[:2], "caption"]).to_pandas()
         digest.update(pd.util.hash_pandas_object(names, index=False).to_numpy())
@@ -846,7 +847,7 @@ def start_run(shards, commit, args):
                 logger.warning(f"{other.parent} holds the scores of a run with other data, another model or flags.")
             name, equals, model = args.reward_model.partition("=")
             if not equals or "/" in name:  # a path may have an = of its own
-                name = model = args.reward_model
+                name, model = Path(args.reward_model).name, args.reward_model
             source = find_reward(name, os.path.expanduser(model))
             source["files"] = files_of(source["reward_model"])
             folder.mkdir(parents=True, exist_ok=True)
@@ -974,13 +975,21 @@ def write_own_pairs(folder, path):
         raise UserError(f"--pairs_from {folder} has {found}. Accepted: {FOLDERS_ACCEPTED}.")
     if path.exists():
         raise UserError(f"--output_path: {path} exists. Move it away, or write another file.")
-    rows = []
-    for number, name in enumerate(sorted(preferred)):
+
+    def as_row(number, name):
         images = [side[name].read_bytes() for side in (preferred, rejected)]
         keys = dict(zip(LABEL_KEYS, [*(hashlib.sha256(image).hexdigest() for image in images), number]))
-        rows.append({"jpg_0": images[0], "jpg_1": images[1], "caption": captions[name]})
-        rows[-1] |= {"label_0": 1.0, **keys}
-    write_whole(path, lambda file: pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=OWN_ROW_GROUP))
+        return {"jpg_0": images[0], "jpg_1": images[1], "caption": captions[name], "label_0": 1.0, **keys}
+
+    def write(file):
+        numbered = list(enumerate(sorted(preferred)))
+        schema = pa.Table.from_pylist([as_row(*numbered[0])]).schema
+        with pq.ParquetWriter(file, schema) as writer:
+            for start in range(0, len(numbered), OWN_ROW_GROUP):
+                rows = [as_row(*pair) for pair in numbered[start : start + OWN_ROW_GROUP]]
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+
+    write_whole(path, write)
 
 
 # ---- Command line and run -------------------------------------------------------------------------------------------
@@ -1047,9 +1056,7 @@ def parse_args(input_args=None):
     add("--hub_dataset_id", help="Repository to upload to. Default: the name of --output_path.")
     add("--hub_public", action="store_true", help="Make a new repository public, not private.")
 
-    args = parser.parse_args(input_args)
-    resolve(args)
-    return args
+    return resolve(parser.parse_args(input_args))
 
 
 def resolve(args):
@@ -1077,6 +1084,7 @@ def resolve(args):
     if args.dataloader_num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.dataloader_num_workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return args
 
 
 def main(args):
@@ -1095,7 +1103,7 @@ def main(args):
             write_own_pairs(Path(args.pairs_from), path)
         return
     shards, commit = open_data(args)
-    folder, rows, source = start_run(shards, commit, args)
+    folder, rows, source = start_run(shards, args)
     found = score_data_set(rows, shards, source, folder, args)
     labels, metadata = make_labels(found, rows, source, commit, args)
     state.wait_for_everyone()

@@ -520,7 +520,7 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
     """Turns a library's complaint about what a flag names into a `UserError` with the flag and what it accepts."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of a dozen types on damaged files
         reason = f"{error} ({error.__cause__})" if error.__cause__ else error
@@ -1006,6 +1006,14 @@ def ignore_stop(worker):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def kill_workers():
+    """Ends the data loading processes at exit: Python would wait for them, as they do not hear its SIGTERM."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would say that they are lost
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def make_loader(accelerator, pairs, groups, args):
     """Batches of `Pairs`, one for each group of keys, decoded by other processes where there is a GPU to be fed."""
     on_gpu, num_workers = accelerator.device.type != "cpu", args.dataloader_num_workers
@@ -1036,6 +1044,7 @@ class Progress:
     step: int = 0  # optimiser steps taken
     tried: int = 0  # those that were not finite included; the data go by these
     skipped_pairs: int = 0
+    metrics: dict = field(default_factory=dict)  # of the last step
     positions: list = field(default_factory=list)  # with --streaming, of this process; in a file, of every one
 
 
@@ -1046,8 +1055,8 @@ def step_of(checkpoint):
 
 def find_checkpoints(output_dir):
     """The complete checkpoints of an output folder, folders named `checkpoint-STEP`, oldest first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=step_of)
+    found = Path(output_dir).glob("checkpoint-*")
+    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
 
 
 def save_lora(unet, folder):
@@ -1072,7 +1081,6 @@ def load_lora(unet, folder):
     if {name: v.shape for name, v in own.items()} != {name: v.shape for name, v in state_dict.items()}:
         raise UserError(f"{folder}: its LoRA does not fit --rank and --lora_layers of this run.")
     set_peft_model_state_dict(unet, state_dict, adapter_name="default")
-    cast_training_params(unet, dtype=torch.float32)
 
 
 def plain_unet(accelerator, model):
@@ -1253,7 +1261,10 @@ def draw_validation(accelerator, unet, context):
     The processes share the prompts. With padding each draws as many, as under FSDP all have to call the UNet."""
     models, args, device, drawn = context.models, context.args, accelerator.device, []
     parts = {part: models[part] for part in ["vae", *TOKENIZERS, *TEXT_ENCODERS]}
-    pipeline = make_pipeline(accelerator.unwrap_model(unet), args, **parts, **PIPELINE_OPTIONS)
+    unet = accelerator.unwrap_model(unet)
+    # Latents stay in fp32 between the steps: accelerate sees to it for the policy, and not for the reference.
+    in_fp32 = unet.register_forward_hook(lambda module, inputs, output: (output[0].float(),))
+    pipeline = make_pipeline(unet, args, **parts, **PIPELINE_OPTIONS)
     vae, seeds = models["vae"], range(args.seed, args.seed + args.num_validation_images)
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     options["num_inference_steps"] = args.validation_inference_steps
@@ -1270,6 +1281,7 @@ def draw_validation(accelerator, unet, context):
             latents = (latents / vae.config.scaling_factor).to(vae.dtype)
             decoded = torch.cat([vae.decode(latent).sample for latent in latents.split(1)])
             drawn.append((number, pipeline.image_processor.postprocess(decoded)))
+    in_fp32.remove()
     del pipeline
     free_memory()
     of_prompt = dict(gather_object(drawn))
@@ -1479,7 +1491,7 @@ def parse_args(input_args=None):
     schedules = [schedule.value for schedule in SchedulerType if schedule != SchedulerType.PIECEWISE_CONSTANT]
     add("--lr_scheduler", default="constant_with_warmup", choices=schedules, help="Over optimiser steps.")
     add("--lr_warmup_steps", type=int_from_0, default=0, help="Warm-up, in optimiser steps. Published: 100.")
-    add("--optimizer", default="adamw", choices=["adamw", "adafactor"], help="Published: AdamW, for SDXL Adafactor.")
+    add("--optimizer", default="adamw", choices=["adamw", "adafactor"], help="Published: AdamW; SDXL: Adafactor.")
     add("--use_8bit_adam", **yes, help="AdamW with 8-bit state, from bitsandbytes.")
     add("--adam_beta1", type=below_1, default=0.9, help="AdamW only.")
     add("--adam_beta2", type=below_1, default=0.999, help="AdamW only.")
@@ -1516,6 +1528,7 @@ def parse_args(input_args=None):
 
 # (flag, what it needs, whether that is so)
 NEEDS = [
+    ("revision", "a base model on the Hub", lambda args: not Path(args.pretrained_model_name_or_path).exists()),
     ("lora_alpha", "--rank", lambda args: args.rank),
     ("lora_layers", "--rank", lambda args: args.rank),
     ("hub_model_id", "--push_to_hub", lambda args: args.push_to_hub),
@@ -1711,60 +1724,59 @@ def fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_tra
         UserError: too many pairs cannot be read, or steps in a row are not finite; it names the last checkpoint.
         SystemExit: with `EXIT_STOPPED`, after a signal, with a checkpoint saved.
     """
-    args, logs, skipped_in_a_row, validated, base_images = context.args, {}, 0, None, []
+    args, skipped_in_a_row, validated, base_images = context.args, 0, None, []
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     tried_before, skipped_before = progress.tried, progress.skipped_pairs  # by a run whose data may have been mended
     stop_signals, batches = listen_for_stop(), make_batches(accelerator, pairs, progress, args)
-    # After an error Python would wait for the workers, which do not hear its SIGTERM.
-    atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
+    atexit.register(kill_workers)
     if args.validation_prompts:
         with reference_of(context) as reference:
             base_images = draw_validation(accelerator, reference, context)
         del reference  # or the policy of a LoRA would outlive `end_run`
     hidden = not accelerator.is_local_main_process
-    bar = tqdm(total=max_train_steps, initial=progress.step, desc="Steps", unit="step", disable=hidden)
     steps = optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, stop_signals, context)
-    while progress.step < max_train_steps:
-        started = time.perf_counter()
-        logs, taken, stopping = next(steps)
-        logs["pairs_per_second"] = pairs_per_step / (time.perf_counter() - started)
-        skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
-        bad_pairs = progress.skipped_pairs - skipped_before
-        drawn = (progress.tried - tried_before) * pairs_per_step + bad_pairs
-        logs["epoch"] = progress.tried * pairs_per_step / len(pairs)
-        logs["skipped_pairs"], logs["nonfinite_steps"] = progress.skipped_pairs, progress.tried - progress.step
-        if accelerator.device.type == "cuda":
-            logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            logs["reserved_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
-        bar.set_postfix({n: f"{logs[n]:.4g}" for n in ("loss", "implicit_accuracy", "lr", "pairs_per_second")})
-        if taken:
-            bar.update(1)
-            accelerator.log(logs, step=progress.step)
-        else:
-            logger.warning(f"A step after step {progress.step} was not finite and changed nothing.")
+    with tqdm(total=max_train_steps, initial=progress.step, desc="Steps", unit="step", disable=hidden) as bar:
+        while progress.step < max_train_steps:
+            started = time.perf_counter()
+            logs, taken, stopping = next(steps)
+            progress.metrics = logs
+            logs["pairs_per_second"] = pairs_per_step / (time.perf_counter() - started)
+            skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
+            bad_pairs = progress.skipped_pairs - skipped_before
+            drawn = (progress.tried - tried_before) * pairs_per_step + bad_pairs
+            logs["epoch"] = progress.tried * pairs_per_step / len(pairs)
+            logs["skipped_pairs"], logs["nonfinite_steps"] = progress.skipped_pairs, progress.tried - progress.step
+            if accelerator.device.type == "cuda":
+                logs["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                logs["reserved_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            bar.set_postfix({n: f"{logs[n]:.4g}" for n in ("loss", "implicit_accuracy", "lr", "pairs_per_second")})
+            if taken:
+                bar.update(1)
+                accelerator.log(logs, step=progress.step)
+            else:
+                logger.warning(f"A step after step {progress.step} was not finite and changed nothing.")
 
-        too_many_bad = bad_pairs > max(MIN_BAD_PAIRS, MAX_BAD_SHARE * drawn)
-        due = taken and (progress.step % args.checkpointing_steps == 0 or progress.step == max_train_steps)
-        if due or stopping or too_many_bad:
-            save_checkpoint(accelerator, progress, record, args)
-        if too_many_bad:
-            problem = f"{bad_pairs} of the {drawn} pairs drawn so far cannot be read, more than {MAX_BAD_SHARE:.0%}"
-            raise UserError(f"{problem}; see above. {last_checkpoint(args)} Mend the data and resume.")
-        if skipped_in_a_row == MAX_NONFINITE_STEPS:
-            problem = f"Loss or gradient was not finite {skipped_in_a_row} times in a row after step {progress.step}."
-            advice = "Start again from it with a lower --learning_rate or in bf16."
-            raise UserError(f"{problem} {last_checkpoint(args)} {advice}")
-        if stopping and progress.step < max_train_steps:
-            logger.warning(f"Stopped by a signal: --resume_from_checkpoint latest goes on from step {progress.step}.")
-            end_run(accelerator, context.models)
-            sys.exit(EXIT_STOPPED)
-        if taken and progress.step % args.validation_steps == 0:
-            validated = progress.step
-            logs.update(validate(accelerator, held_out, base_images, validated, context))
-    bar.close()
+            too_many_bad = bad_pairs > max(MIN_BAD_PAIRS, MAX_BAD_SHARE * drawn)
+            due = taken and (progress.step % args.checkpointing_steps == 0 or progress.step == max_train_steps)
+            if due or stopping or too_many_bad:
+                save_checkpoint(accelerator, progress, record, args)
+            if too_many_bad:
+                problem = f"{bad_pairs} of {drawn} pairs cannot be read, more than {MAX_BAD_SHARE:.0%}, see above."
+                raise UserError(f"{problem} {last_checkpoint(args)} Mend the data and resume.")
+            if skipped_in_a_row == MAX_NONFINITE_STEPS:
+                problem = f"Loss or gradient was not finite {skipped_in_a_row} times after step {progress.step}."
+                advice = "Start a run in another --output_dir, with a lower --learning_rate or in bf16."
+                raise UserError(f"{problem} {last_checkpoint(args)} {advice}")
+            if stopping and progress.step < max_train_steps:
+                logger.warning(f"Stopped by a signal: --resume_from_checkpoint latest goes on after {progress.step}.")
+                end_run(accelerator, context.models)
+                sys.exit(EXIT_STOPPED)
+            if taken and progress.step % args.validation_steps == 0:
+                validated = progress.step
+                logs.update(validate(accelerator, held_out, base_images, validated, context))
     if validated != progress.step:
-        logs.update(validate(accelerator, held_out, base_images, progress.step, context))
-    return logs
+        progress.metrics.update(validate(accelerator, held_out, base_images, progress.step, context))
+    return progress.metrics
 
 
 def end_run(accelerator, models):
@@ -1785,8 +1797,8 @@ def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args
     pairs_per_micro_step = args.train_batch_size * accelerator.num_processes
     steps_per_epoch = math.ceil(len(pairs) // pairs_per_micro_step / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    usual_learning_rate = LEARNING_RATE_PER_PAIR * pairs_per_micro_step * args.gradient_accumulation_steps
-    learning_rate = args.learning_rate or usual_learning_rate
+    pairs_per_step = pairs_per_micro_step * args.gradient_accumulation_steps
+    learning_rate = args.learning_rate or LEARNING_RATE_PER_PAIR * pairs_per_step
     optimizer = make_optimizer(parameters, learning_rate, args)
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, max_train_steps)
     logger.info(f"Trained parameters: {sum(p.numel() for p in parameters):,}; learning rate: {learning_rate:.4g}")
@@ -1830,5 +1842,6 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except UserError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)  # alone, without a traceback
+        text = str(error).rpartition("UserError: ")[2].strip()  # a data loading process puts its traceback before it
+        print(f"{Path(__file__).name}: {text}", file=sys.stderr)  # alone, without a traceback
         sys.exit(2)

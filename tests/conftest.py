@@ -24,7 +24,8 @@ import pytest
 from fork_server import ForkServer
 
 
-# What takes seconds to import is imported where it is needed: the process that hands out the tests loads this file too.
+# What takes seconds to import is imported where it is needed: the process that hands out the tests loads this file
+# too.
 
 collect_ignore = ["upstream"]  # tests of a folder that `make upstream` makes
 
@@ -127,7 +128,8 @@ def sdxl(tmp_path_factory):
 
 
 def command_line(**flags):
-    """`flag=value` as a list of arguments; True stands for a bare flag, a list for several values, None for no flag."""
+    """`flag=value` as a list of arguments; True stands for a bare flag, a list for several values, None for no
+    flag."""
     args = []
     for flag, value in flags.items():
         if value is None:

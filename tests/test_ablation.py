@@ -146,6 +146,19 @@ def test_every_row_reaches_x_t_as_it_says(double_bed, policy, batch):
         assert ROWS[f"{name}_soft"] == dataclasses.replace(row, labels="soft", gamma=10.0)
 
 
+def test_the_reference_may_invert(double_bed, policy, batch):
+    """As if the policy's part in the inversion had been played by the base model, as it was before the first step."""
+    row = dataclasses.replace(ROWS["by_reference_soft"], inverted_by="policy")
+    x_0, states, t, noise, p_0 = batch
+    x_t, calls = double_bed.noised(row, double_bed.unet, x_0, states, t, noise)
+    tau = smpo.implied_noise(x_0, x_t, double_bed.alpha_bar[t])
+    forward = x_0, states, t, tau, p_0
+    expected, _ = double_bed.loss(dataclasses.replace(row, noising="forward"), policy, forward)
+    loss, all_calls = double_bed.loss(ROWS["by_reference_soft"], policy, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    assert all_calls == calls + 4 * len(x_0) and abs(double_bed.loss(row, policy, batch)[0] - loss) > 1e-3
+
+
 @torch.no_grad()
 def test_sampling_goes_back_where_a_constant_prediction_came_from(double_bed, batch):
     bed, (x_0, states, t, _, _) = double_bed, batch
@@ -248,7 +261,8 @@ def test_the_gradient_of_a_preference_is_that_of_the_loss(name, double_bed, batc
 
 
 def test_gradients(bed, tmp_path, monkeypatch):
-    """Every noising's tau is its own, t is in its quarter, cosines are those of the gradients; nothing is run twice."""
+    """Every noising's tau is its own, t is in its quarter, cosines are those of the gradients; nothing is run
+    twice."""
     some = {name: NOISINGS[name] for name in ("forward", "last", "quarter")}
     for name, value in {"GRADIENT_PAIRS": 1, "GRADIENT_SETS": 3, "NOISINGS": some}.items():
         monkeypatch.setattr(run_ablation, name, value)
@@ -476,7 +490,8 @@ def test_tables_of_a_small_csv(tmp_path):
 
 
 def calm_runs(pairs, gains, num_seeds=10):
-    """Runs whose gains over the default are these, in reward and judge, give or take 1: of ten seeds, t is 3 x gain."""
+    """Runs whose gains over the default are these, in reward and judge, give or take 1: of ten seeds, t is 3 x
+    gain."""
     rows = []
     for name, means in {"last_soft": (0, 0), **gains}.items():
         for seed in range(num_seeds):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import TINY, read_logs, train, train_flags, unet_weights
+from conftest import TINY, read_logs, relabel, train, train_flags, unet_weights
 from PIL import Image
 
 import train_smpo_sd15
@@ -48,14 +48,16 @@ def test_shards_train_as_one_process_and_resume(shard, tmp_path, labels_path):
     (a large epsilon), do not magnify that. fp32 rounds by 6e-8 at most, so a relative 1e-3 is 16,000 roundings in one
     direction, while a lost gradient, a wrong mean, an old weight or another pair shows in the first digit.
     """
+    relabel(dataset_split_name="test", output_path=tmp_path / "test.parquet")
     flags = {
-        "labels_path": labels_path, "beta_dpo": 20, "max_train_steps": 2, "checkpointing_steps": 1,
-        "gradient_accumulation_steps": 2, "num_inversion_steps": 5, "learning_rate": 0.1, "adam_epsilon": 1,
-        "adam_weight_decay": 0, "validation_prompts": ["a large red circle"], "num_validation_images": 1,
-        "validation_inference_steps": 1, "validation_split": "0.01", "validation_steps": 2,
+        "labels_path": [labels_path, tmp_path / "test.parquet"], "beta_dpo": 20,
+        "max_train_steps": 2, "checkpointing_steps": 1, "gradient_accumulation_steps": 2, "num_inversion_steps": 5,
+        "learning_rate": 0.1, "adam_epsilon": 1, "adam_weight_decay": 0,
+        "validation_prompts": ["a large red circle"], "num_validation_images": 1,
+        "validation_inference_steps": 1, "validation_steps": 2,
     }  # fmt: skip
-    sharded = shard("sd15", tmp_path / "sharded", **flags)
-    one = train(tmp_path / "one", train_batch_size=2, **flags)
+    sharded = shard("sd15", tmp_path / "sharded", validation_split="test", **flags)
+    one = train(tmp_path / "one", train_batch_size=2, validation_split="test", **flags)
     assert sharded["loss"][0] == pytest.approx(LOG_2, abs=1e-7)  # an ulp or two
     assert len(sharded["validation/loss"]) == 1
     for metric in METRICS:
@@ -65,13 +67,14 @@ def test_shards_train_as_one_process_and_resume(shard, tmp_path, labels_path):
         torch.cat([(single[name] - other[name]).flatten() for name in start]).norm() for other in (start, whole)
     )
     assert apart < 1e-3 * moved
-    # Both processes draw, though there is one prompt: the base's images, left of the policy's, are the same.
+    # The base's images, left of the policy's, are the same.
     pictures = (np.asarray(Image.open(tmp_path / name / "validation" / "step-2.png")) for name in ("one", "sharded"))
     assert np.array_equal(*(picture[:, : train_smpo_sd15.THUMBNAIL] for picture in pictures))
     calls = [json.loads((tmp_path / "sharded" / f"calls-{rank}.json").read_text()) for rank in (0, 1)]
     assert calls[0] != calls[1]
 
     shutil.copytree(tmp_path / "sharded" / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
+    # Without held-out pairs, for which the weights were gathered: both processes have to draw, though of one prompt.
     shard("sd15", tmp_path / "resumed", resume_from_checkpoint="latest", **flags)
     # A checkpoint's UNet is whole and plain: the evaluation reads it.
     for other in (tmp_path / "resumed", tmp_path / "sharded" / "checkpoint-2"):

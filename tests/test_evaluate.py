@@ -157,7 +157,8 @@ def test_tables_are_safe_to_open(whole):
 
 
 def test_a_comparison_and_what_trackers_get(whole):
-    """Thumbnails of the prompt that gains most above, base left of the model's at each seed; the same in tensorboard."""
+    """Thumbnails of the prompt that gains most above, base left of the model's at each seed; the same in
+    tensorboard."""
     folder, size = whole[0] / "out", evaluate_smpo.THUMBNAIL
     sheet, table = Image.open(folder / "comparison-damaged.png"), pd.read_csv(folder / "scores.csv")
     assert sheet.size == (4 * size, 12 * size)
@@ -672,6 +673,39 @@ def test_the_best_on_the_other_half_is_the_mean_over_all_halves():
 # Mistakes
 
 
+def test_a_lora_of_another_model_is_refused(tmp_path):
+    layers = {f"unet.no_such_layer.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    save_file(layers, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="--models .*other.safetensors cannot be loaded: "):
+        evaluate(tmp_path / "out", models=tmp_path / "other.safetensors")
+
+
+def test_a_model_behind_a_link(damaged, tmp_path):
+    (tmp_path / "unet").symlink_to(damaged / "unet")
+    model, linked = (evaluate_smpo.locate("models", str(folder)) for folder in (damaged, tmp_path))
+    assert linked.kind == model.kind == ("unet", "unet") and linked.identity == model.identity
+
+
+@pytest.mark.parametrize("name", ["HPS_v2.1_compressed.pt", "checkpoint-500.safetensors"])
+def test_other_weights_in_the_same_file_are_another_model(name, tmp_path):
+    identities = set()
+    for content in (b"one", b"another"):
+        (tmp_path / name).write_bytes(content)
+        identities |= {evaluate_smpo.locate("models", str(path)).identity for path in (tmp_path, tmp_path / name)}
+    assert len(identities) == 2  # the file's, and that of a folder which has no other
+
+
+def test_a_tracker_that_fails(copy):
+    """It is named, after all results are written."""
+    folder, flags = copy
+    shutil.rmtree(folder / "logs")
+    (folder / "logs").touch()
+    (folder / "results.json").unlink()
+    with pytest.raises(UserError, match="--report_to tensorboard cannot be loaded: "):
+        evaluate(folder, report_to="tensorboard", **flags)
+    assert read_results(folder)["same"]["win_rate"] == 0.5
+
+
 def test_a_mistake_is_said_alone_and_before_anything_else(tmp_path, monkeypatch, capsys):
     script = ROOT / "evaluate_smpo.py"
     flags = evaluation_flags(tmp_path / "out", models=None, run_dir=tmp_path, reward_model="seed=x")
@@ -719,6 +753,7 @@ def test_a_bad_value_is_named(flags, message, tmp_path, capsys):
         ({"models": None, "blind": True, "pairs_path": "x.parquet"}, "Give tuned models with --models"),
         ({"models": None, "pairs_path": "x.parquet"}, "--pairs_path needs two images of a prompt: give --num_images"),
         ({"pairs_path": "pairs.csv"}, "--pairs_path pairs.csv must end in .parquet"),
+        ({"revision": "main"}, "--revision does nothing without a base model on the Hub"),
         ({"pairs": "all"}, "--pairs does nothing without --pairs_path"),
         ({"models": "smpo="}, "--models smpo= names no path: is the variable set"),
         ({"models": ".."}, "--models ..: '..' cannot name it"),

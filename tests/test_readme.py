@@ -1,4 +1,5 @@
-"""What the documents show works: command lines, configuration, snippets, flags, metrics and links are held against the code."""
+"""What the documents show works: command lines, configuration, snippets, flags, metrics and links are held against the
+code."""
 
 import importlib
 import os
@@ -7,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import rounds
@@ -17,6 +17,8 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT, TINY, train, train_sdxl
 from test_siblings import SCRIPTS, parser_of, script_parser
+
+from diffusers import StableDiffusionXLPipeline
 
 
 DOCUMENTS = [
@@ -107,7 +109,8 @@ def test_accelerate_takes_the_configuration(tmp_path):
 
 @pytest.mark.parametrize("signalled", [True, False])
 def test_the_slurm_script(signalled, tmp_path):
-    """With stand-ins for what it calls: a signal is passed on, the run's end awaited and the job requeued; else it is not."""
+    """With stand-ins for what it calls: a signal is passed on, the run's end awaited and the job requeued; else it is
+    not."""
     (script,) = (block for block in blocks("bash") if "#SBATCH" in block)
     stands_in = {
         "accelerate": "echo $$ > pid.tmp; mv pid.tmp pid; trap 'sleep 0.3; echo saved >> calls; exit 1' USR1\n"
@@ -137,18 +140,35 @@ def test_the_slurm_script(signalled, tmp_path):
         assert bool(re.search(passed_on.removeprefix("-USR1 -f "), process)) == is_worker
 
 
+def test_the_rounds(tmp_path):
+    """The loop with a stand-in for accelerate: all that it calls parses, each round goes on with the last one's."""
+    (script,) = (block for block in blocks("bash") if "for round in 1 2 3" in block)
+    (tmp_path / "accelerate").write_text('#!/bin/bash\nprintf "%q " accelerate "$@" >> calls\necho >> calls\n')
+    (tmp_path / "accelerate").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=environment, check=True)
+    calls = []
+    for number, line in enumerate((tmp_path / "calls").read_text().splitlines()):
+        (folder := tmp_path / str(number)).mkdir()
+        calls.append(parse(line, folder)[1])
+    drawn, trained = calls[::2], calls[1::2]
+    models = [args.pretrained_model_name_or_path for args in drawn]
+    assert models == [args.pretrained_model_name_or_path for args in trained]
+    assert models[1:] == [args.output_dir for args in trained[:2]] and len(trained) == 3
+    assert [args.pairs_path for args in drawn] == [args.dataset_name for args in trained]
+    assert len({args.prompts_path[0] for args in drawn}) == 3
+
+
 def test_loading_what_was_trained(sdxl, tmp_path, monkeypatch):
-    """Both files of a LoRA, by the snippet; the LoRA changes what the UNet says."""
+    """Both files of a LoRA, by the README's call; the LoRA changes what the UNet says."""
     monkeypatch.chdir(tmp_path)
-    Path("stabilityai").mkdir()
-    Path("stabilityai/stable-diffusion-xl-base-1.0").symlink_to(sdxl)
     flags = {"rank": 2, "max_train_steps": 1, "train_batch_size": 2, "num_inversion_steps": 1, "learning_rate": 0.1}
     train_sdxl("my-lora", sdxl, label_column="label_0", gamma=1, **flags)
-    (snippet,) = (block for block in blocks("python") if "from_pretrained" in block)
+    (call,) = re.findall(r"`(pipeline\..*)`", README)
     for suffix in ("", "_kohya"):
-        names = {}
-        exec(snippet.replace("weights.safetensors", f"weights{suffix}.safetensors"), names)
-        unet = names["pipeline"].unet
+        pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl, torch_dtype=torch.float16)
+        eval(call.replace("weights.safetensors", f"weights{suffix}.safetensors"))
+        unet = pipeline.unet
         assert unet.dtype == torch.float16 and unet.active_adapters() == ["default_0"]
         assert any(p.abs().max() > 0 for name, p in unet.named_parameters() if "lora_B" in name)
 

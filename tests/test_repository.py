@@ -28,9 +28,10 @@ def test_files_at_the_top():
     assert {path.split("/")[0] for path in done.stdout.splitlines()} == TOP_LEVEL
 
 
-def test_sources_have_the_grammar_of_python_3_10_and_those_that_travel_a_licence():
+def test_sources_have_the_grammar_of_python_3_10_short_lines_and_those_that_travel_a_licence():
     for path in [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         ast.parse(path.read_text(), feature_version=(3, 10))
+        assert max(map(len, [*path.read_text().splitlines(), ""])) <= 119, path
     for path in [*ROOT.glob("*.py"), *(ROOT / "tests" / "benchmarks").glob("*.py")]:
         assert "Licensed under the Apache License, Version 2.0" in path.read_text()[:600], path
 

@@ -1,9 +1,9 @@
 """What two scripts share stands in both, to the letter.
 
 Each script runs when copied alone, so there is no module to share. Any function, class or constant at the top level of
-two scripts must be identical, and a flag of two scripts must have the same type, choices, help and default, unless a table
-here says why not. `python tests/test_siblings.py` (`make fix-copies`) copies the shared functions and classes of the
-script that stands first in `SCRIPTS` into the others.
+two scripts must be identical, and a flag of two scripts must have the same type, choices, help and default, unless a
+table here says why not. `python tests/test_siblings.py` (`make fix-copies`) copies the shared functions and classes of
+the script that stands first in `SCRIPTS` into the others.
 """
 
 import argparse
@@ -125,8 +125,9 @@ def flags(script):
     """`{flag: its properties}` of a script's parser."""
     return {
         action.dest: {
-            "type": getattr(action.type, "__name__", None), "choices": action.choices, "help": action.help, "default": action.default,
-            "nargs": action.nargs, "required": action.required, "names": action.option_strings,
+            "type": getattr(action.type, "__name__", None), "choices": action.choices, "help": action.help,
+            "default": action.default, "nargs": action.nargs, "required": action.required,
+            "names": action.option_strings,
         }
         for action in script_parser(script)._actions
     }  # fmt: skip

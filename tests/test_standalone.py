@@ -41,8 +41,8 @@ def run_alone(alone, server):
 def evaluation_flags(tmp_path, model):
     return command_line(
         pretrained_model_name_or_path=model, models=f"tuned={tmp_path / 'tuned'}",
-        prompts_path=TINY / "pairs" / "test.parquet", reward_model=TINY / "pickscore", max_prompts=2, num_inference_steps=2, resolution=64,
-        output_dir=tmp_path / "evaluation",
+        prompts_path=TINY / "pairs" / "test.parquet", reward_model=TINY / "pickscore", max_prompts=2,
+        num_inference_steps=2, resolution=64, output_dir=tmp_path / "evaluation",
     )  # fmt: skip
 
 

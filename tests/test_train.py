@@ -50,7 +50,8 @@ LOGGED = {
 }  # fmt: skip
 
 
-# The first step: policy and reference are equal, and judged in the same shape. Nothing but one logsigmoid(0) is rounded.
+# The first step: policy and reference are equal, and judged in the same shape. Nothing but one logsigmoid(0) is
+# rounded.
 LOG_2 = pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -78,8 +79,8 @@ def test_full_fine_tuning(full_run):
     assert 0 < logs["weight"][0] < 10
 
     assert names_in(folder) == {
-        "README.md", "checkpoint-1", "checkpoint-2", "logs", "model_index.json", "scheduler", "text_encoder", "tokenizer",
-        "training_args.json", "unet", "vae", "validation",
+        "README.md", "checkpoint-1", "checkpoint-2", "logs", "model_index.json", "scheduler", "text_encoder",
+        "tokenizer", "training_args.json", "unet", "vae", "validation",
     }  # fmt: skip
     assert names_in(folder / "validation") == {"step-1.png", "step-2.png"}
     sheet, size = np.asarray(Image.open(folder / "validation" / "step-2.png")), train_smpo_sd15.THUMBNAIL
@@ -133,7 +134,8 @@ def test_lora(tmp_path, labels_path):
     ids=lambda flags: ",".join(flags),
 )
 def test_every_way_to_train_moves_every_weight(flags, tmp_path, labels_path):
-    """Two steps each; reference and policy agree before the first in every precision, and every trained tensor moves."""
+    """Two steps each; reference and policy agree before the first in every precision, and every trained tensor
+    moves."""
     logs = train(tmp_path, labels_path=labels_path, **flags)
     assert logs["loss"][0] == LOG_2 and logs["reward_margin"][0] == 0
     assert all(np.isfinite(values).all() for values in logs.values())
@@ -165,8 +167,8 @@ def test_pretrained_unet_is_where_policy_and_reference_start(full_run, tmp_path,
 def test_micro_batches_do_not_change_the_run(tmp_path, labels_path):
     """1 x 4 and 4 x 1: the same pairs, timesteps and noise, hence the same gradient but for rounding.
 
-    fp32 rounds errors of about 1 by some 1e-6 in another shape. The gradient is a sum of eight such errors' gradients, which
-    nothing magnifies before the first step: a hundredth is far above its rounding and far below a pair too many.
+    fp32 rounds errors of about 1 by some 1e-6 in another shape. The gradient is a sum of eight such errors' gradients,
+    which nothing magnifies before the first step: a hundredth is far above its rounding and far below a pair too many.
     """
     logs = [
         train(
@@ -310,6 +312,7 @@ def test_what_cannot_be_written_to_or_has_no_words_is_named(tmp_path):
     "flags, message",
     [
         ({"lora_alpha": 4}, "--lora_alpha does nothing without --rank"),
+        ({"revision": "main"}, "--revision does nothing without a base model on the Hub"),
         ({"noising": "ddim", "renoise_at": "last_move"}, "--renoise_at does nothing without --noising renoise"),
         ({"noising": "forward", "num_inversion_steps": 9}, "--num_inversion_steps does nothing without another --noi"),
         ({"use_8bit_adam": True, "optimizer": "adafactor"}, "--use_8bit_adam does nothing without --optimizer adamw"),
@@ -361,6 +364,12 @@ def test_a_user_s_mistake_is_the_last_thing_on_the_screen(server, tmp_path):
     assert server.run(flags, module=str(ROOT / "train_smpo_sd15.py")) == 2
     pattern = r"(?m)^train_smpo_sd15.py: --pretrained_model_name_or_path no/such cannot .*\nAccepted: .*\n\Z"
     assert re.search(pattern, server.output()) and "Traceback" not in server.output()
+
+    path = write_pairs(tmp_path / "pairs.parquet", jpg_0=[b"x"] * 8)
+    flags = {"dataset_name": path, "label_column": "label_0", "rank": 2, "dataloader_num_workers": 1}
+    assert server.run(train_flags(tmp_path / "out", **flags), module=str(ROOT / "train_smpo_sd15.py")) == 2
+    *_, last = server.output().splitlines()  # of a data loading process
+    assert re.match(r"train_smpo_sd15.py: None of the \d pairs of .* can be read, row", last)
 
 
 @pytest.fixture
@@ -434,7 +443,8 @@ def encoded(image, kind="PNG", **options):
 
 
 def test_a_data_set_cannot_reach_other_files_or_programs(tmp_path):
-    """PostScript, which Pillow hands to Ghostscript; files, whose paths a row might name; pictures that fill the memory."""
+    """PostScript, which Pillow hands to Ghostscript; files, whose paths a row might name; pictures that fill the
+    memory."""
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     with pytest.raises(ValueError, match="only a path, image.png"):
         decode_image({"bytes": None, "path": str(tmp_path / "image.png")})
@@ -458,7 +468,8 @@ def test_a_photograph_is_decoded_no_larger_than_needed_and_a_thumbnail_told_of()
 
 
 def test_both_images_of_a_pair_are_mirrored_alike(tmp_path, load):
-    """With the same picture on both sides the two tensors are equal, in every epoch; half of the pairs are mirrored."""
+    """With the same picture on both sides the two tensors are equal, in every epoch; half of the pairs are
+    mirrored."""
     table = pq.read_table(TINY / "pairs" / "test.parquet")
     pictures = [encoded(Image.open(io.BytesIO(jpg))) for jpg in table["jpg_0"].to_pylist()]
     for column in ("jpg_0", "jpg_1"):

@@ -73,8 +73,8 @@ def test_header(folder, name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_dependencies(folder, name):
-    """The PEP 723 block names what the script imports, with the bounds of requirements.txt; whatever a flag asks for is
-    imported when it does, and nothing else but the standard library."""
+    """The PEP 723 block names what the script imports, with the bounds of requirements.txt; whatever a flag asks for
+    is imported when it does, and nothing else but the standard library."""
     source, required = (folder / name).read_text(), bounds((folder / "requirements.txt").read_text())
     (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", source, re.M)
     named = {package: bound for line in re.findall(r'"([^"]+)"', block) for package, bound in bounds(line).items()}

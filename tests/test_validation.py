@@ -62,8 +62,10 @@ def test_held_out_accuracy_rises(tmp_path, labels_path):
     assert logs["validation/reward_margin"][-1] > 0 and len(logs["validation/loss"]) == 2
 
 
-def test_a_policy_that_does_not_move_has_the_same_numbers_and_pictures(tmp_path, monkeypatch):
-    """To the bit, at every validation, and none of the training's numbers; prompts from a file, base left of policy."""
+@pytest.mark.parametrize("rank, precision", [(2, "no"), (None, "bf16")])
+def test_a_policy_that_does_not_move_has_the_same_numbers_and_pictures(rank, precision, tmp_path, monkeypatch):
+    """To the bit, at every validation, and none of the training's numbers; prompts from a file, base left of
+    policy."""
     (tmp_path / "prompts.txt").write_text("\ufeffa red circle\n\na blue square\n", encoding="utf-8")
     args = train_smpo_sd15.parse_args(train_flags(tmp_path / "x", validation_prompts=tmp_path / "prompts.txt"))
     assert args.validation_prompts == ["a red circle", "a blue square"]
@@ -71,7 +73,7 @@ def test_a_policy_that_does_not_move_has_the_same_numbers_and_pictures(tmp_path,
     flags = {
         **FAST, "noising": "renoise", "validation_split": "test", "learning_rate": 1e-30, "max_train_steps": 2,
         "validation_steps": 1, "train_batch_size": 2, "validation_prompts": tmp_path / "prompts.txt",
-        "validation_inference_steps": 2, "num_validation_images": 1,
+        "validation_inference_steps": 2, "num_validation_images": 1, "rank": rank, "mixed_precision": precision,
     }  # fmt: skip
     logs = train(tmp_path / "out", **flags)
     for name in HELD_OUT:

@@ -2,8 +2,8 @@
 """What the ablation runs on: a small base model, pairs as latents, prompts that no pair has, scores, one step.
 
 The step is the training scripts' with everything computed once that does not change: the posterior of every image, the
-embedding of every prompt. What is left of a step is UNet calls, in PyTorch's default precision. `Bed` is the tiny Stable
-Diffusion 1.5 on a CPU, `BigBed` a UNet ten times as large that a GPU trains from nothing.
+embedding of every prompt. What is left of a step is UNet calls, in PyTorch's default precision. `Bed` is the tiny
+Stable Diffusion 1.5 on a CPU, `BigBed` a UNet ten times as large that a GPU trains from nothing.
 """
 
 import copy
@@ -56,6 +56,7 @@ class Row:
     num_inversion_steps: int = 9
     noise_share: float = 0.0  # of the variance of an inversion's tau that is forward noise instead
     overshoot: int = 0  # levels of the released code: x_t is inverted to the one where that code ends, and scored as t
+    inverted_by: str = "policy"  # or "reference", so that x_t does not change as the policy does
     labels: str = "hard"  # the labelling model's winner, or "soft", its p_0
     gamma: float = 1.0
     beta: float = 200.0
@@ -290,7 +291,8 @@ class Bed:
         """
         x_0, states, t, noise, p_0 = batch
         cond = {"encoder_hidden_states": states}
-        x_t, calls = self.noised(row, unet, x_0, states, t, noise)
+        models = {"policy": unet, "reference": self.unet}
+        x_t, calls = self.noised(row, models[row.inverted_by], x_0, states, t, noise)
         t = t.to(self.device)
         tau = smpo.implied_noise(x_0, x_t, self.alpha_bar[t])
         with torch.no_grad():
@@ -423,8 +425,8 @@ def mean_distance(pictures, others):
 def draw_batch(pairs, labels, seed, step, num_train_timesteps=1000):
     """Pairs for `Bed.loss`: x_0, embedded prompts, timesteps and noise of 2B images, p_0 of B pairs.
 
-    "soft" `labels` are the labelling model's p_0, "hard" ones its winner. Draws from the posterior, timesteps and noise
-    depend on (seed, step) alone.
+    "soft" `labels` are the labelling model's p_0, "hard" ones its winner. Draws from the posterior, timesteps and
+    noise depend on (seed, step) alone.
     """
     generator = torch.Generator().manual_seed(1_000_000 * seed + step)
     mean, std = stacked(pairs.mean), stacked(pairs.std)

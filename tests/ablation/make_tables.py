@@ -1,5 +1,6 @@
 # Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
-"""Tables of what `run_ablation.py` and `rounds.py` found, from their CSVs alone, and what the rule for the default says.
+"""Tables of what `run_ablation.py` and `rounds.py` found, from their CSVs alone, and what the rule for the default
+says.
 
     python tests/ablation/make_tables.py
 
@@ -35,6 +36,7 @@ NOISINGS = {
 }
 TITLES = {f"{name}_{labels}": f"{text}, {labels}" for labels in ("soft", "hard") for name, text in NOISINGS.items()}
 TITLES |= {
+    "by_reference_soft": "ReNoise, last of 9 moves, of the reference, soft",
     "offline": "offline, the base's own pairs",
     "rounds": "rounds, reference from the last one",
     "rounds_to_base": "rounds, reference the base",
@@ -47,7 +49,8 @@ NUM_SEEDS, LEVEL = 10, 0.05  # of the rule for the default
 
 @functools.cache
 def student(df, n=200_000):
-    """Angles a, and P(|T| <= sqrt(df) tan(a)) of Student's t: the density of a is proportional to cos(a) ** (df - 1)."""
+    """Angles a, and P(|T| <= sqrt(df) tan(a)) of Student's t: the density of a is proportional to cos(a) ** (df -
+    1)."""
     angles = (np.arange(n) + 1) * np.pi / 2 / n
     area = np.cumsum(np.cos(angles - np.pi / 4 / n) ** (df - 1))  # by the midpoint rule
     return angles, area / area[-1]

@@ -41,12 +41,13 @@ NOISINGS = {
 }
 ROWS = {f"{name}_hard": row for name, row in NOISINGS.items()}
 ROWS |= {f"{name}_soft": dataclasses.replace(row, labels="soft", gamma=10.0) for name, row in NOISINGS.items()}
+ROWS["by_reference_soft"] = dataclasses.replace(ROWS["last_soft"], inverted_by="reference")
 SOFT_ROWS = ("last_soft", "released_soft", "forward_soft", "mixed_soft", "ddim_soft", "every_soft")
 HARD_ROWS = tuple(name.replace("soft", "hard") for name in SOFT_ROWS)
 BLOCKS = [  # what `calm` trains, the most important first
     ("foreign", SOFT_ROWS),
     ("own", SOFT_ROWS),
-    ("foreign", ("overshoot_soft", "quarter_soft")),
+    ("foreign", ("by_reference_soft", "overshoot_soft", "quarter_soft")),
     ("foreign", HARD_ROWS),
     ("own", HARD_ROWS),
 ]
@@ -223,7 +224,8 @@ def gradients(lab):
     """What there is of a preference in the gradient of each noising, by quarter of t, for disjoint sets of pairs.
 
     `size` is the RMS over weights of a set's gradient; `agreement` its mean cosine with those of the other sets;
-    `forward` the mean cosine of it with the other sets' for forward noise, and of theirs with its own for forward noise.
+    `forward` the mean cosine of it with the other sets' for forward noise, and of theirs with its own for forward
+    noise.
     """
     path, bed = lab.results / "gradients.csv", lab.bed
     for _, quarter in lab.jobs("gradients", [GRADIENT_SEED], range(4)):

@@ -2,9 +2,9 @@
 """Stable Diffusion 1.5 and XL in their published configurations with random weights, and both in miniature; and what
 the benchmarks give to the training scripts: arguments, models and a batch.
 
-The miniature of SDXL has its blocks, so its parameters have the same names; widths are small, and transformer layers few.
-"tiny-sd15" is the trained model of tests/tiny, "small-sd15" SD1.5 at a quarter of its width between that model's VAE
-and text encoder.
+The miniature of SDXL has its blocks, so its parameters have the same names; widths are small, and transformer layers
+few. "tiny-sd15" is the trained model of tests/tiny, "small-sd15" SD1.5 at a quarter of its width between that model's
+VAE and text encoder.
 """
 
 import argparse

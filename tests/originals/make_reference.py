@@ -1,4 +1,5 @@
-"""Writes reference.json and pixels.npz: what the packages of the reward models make of random weights, see README.md."""
+"""Writes reference.json and pixels.npz: what the packages of the reward models make of random weights, see
+README.md."""
 
 import gzip
 import importlib

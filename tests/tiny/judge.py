@@ -22,13 +22,15 @@ class Judge(nn.Module):
         self.vividness = nn.Linear(2 * width * 16, 1)
 
     def forward(self, pictures):
-        """Log-probabilities of each attribute (a list of `[N, len(names)]`) and the vividness `[N]` of `[N, 3, 64, 64]`."""
+        """Log-probabilities of each attribute (a list of `[N, len(names)]`) and the vividness `[N]` of `[N, 3, 64,
+        64]`."""
         features = F.avg_pool2d(self.features(2 * pictures - 1), 2).flatten(1)
         return [head(features).log_softmax(-1) for head in self.attributes], self.vividness(features)[:, 0]
 
     @torch.no_grad()
     def score(self, pictures, scenes):
-        """How well each of the pictures `[N, 3, 64, 64]` in [0, 1] shows its scene `[N, 5]`: `[N]`, higher is better."""
+        """How well each of the pictures `[N, 3, 64, 64]` in [0, 1] shows its scene `[N, 5]`: `[N]`, higher is
+        better."""
         log_probs, vividness = self(pictures)
         matches = [log_prob.gather(1, scenes[:, i : i + 1])[:, 0] for i, log_prob in enumerate(log_probs)]
         return torch.stack(matches).sum(0).clamp(min=-8) + 2 * vividness

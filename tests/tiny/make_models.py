@@ -5,8 +5,8 @@
 
 writes the SD1.5-shaped pipeline (`sd15/`), the PickScore-shaped reward model (`pickscore/`) and the judge
 (`judge.safetensors`), and leaves in `--work_dir` what only `make_pairs.py` needs: an early checkpoint of the UNet.
-`--only NAME` trains one of `vae unet widen pickscore judge` again; each needs what stands before it in that list, but for
-the last two, which need only the tokenizer.
+`--only NAME` trains one of `vae unet widen pickscore judge` again; each needs what stands before it in that list, but
+for the last two, which need only the tokenizer.
 """
 
 import argparse
@@ -212,7 +212,8 @@ def widen_posterior(folder, generator, decoder_steps=700, unet_steps=1200, batch
 
 
 def make_unet_loss(unet, text_encoder, tokenizer, latents, scenes, batch, generator):
-    """Denoising loss of a batch of a bank of latents, with captions that are wrong now and then, as those of the web."""
+    """Denoising loss of a batch of a bank of latents, with captions that are wrong now and then, as those of the
+    web."""
     noise_scheduler = DDPMScheduler(**BETAS)
     input_ids = tokenize(tokenizer, corrupt(scenes, WRONG_CAPTIONS, generator))
     empty_ids = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids

@@ -3,10 +3,10 @@
 
     python tests/tiny/make_pairs.py --output_dir tests/tiny --work_dir /tmp/tiny
 
-after `make_models.py` with the same folders. The images come from four sources, none of which is the base model: renders
-that follow the caption, careless renders that get attributes wrong and look dull, and an early checkpoint of the UNet with
-and without guidance. The human label is drawn by the judge. Some rows are damaged, as in the real data. Writes
-`pairs/train.parquet` and `pairs/test.parquet`, whose prompts differ.
+after `make_models.py` with the same folders. The images come from four sources, none of which is the base model:
+renders that follow the caption, careless renders that get attributes wrong and look dull, and an early checkpoint of
+the UNet with and without guidance. The human label is drawn by the judge. Some rows are damaged, as in the real data.
+Writes `pairs/train.parquet` and `pairs/test.parquet`, whose prompts differ.
 """
 
 import argparse

@@ -70,8 +70,8 @@ VISION = {
     "patch_size": 8,
 }  # fmt: skip
 UNET = {
-    "sample_size": 8, "layers_per_block": 1, "block_out_channels": (16, 32), "norm_num_groups": 8, "cross_attention_dim": 32,
-    "attention_head_dim": 2, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "sample_size": 8, "layers_per_block": 1, "block_out_channels": (16, 32), "norm_num_groups": 8,
+    "cross_attention_dim": 32, "attention_head_dim": 2, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }  # fmt: skip
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -96,8 +96,9 @@ def make_models(folder):
         up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, sample_size=64,
     )  # fmt: skip
     StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)), tokenizer=tokenizer, unet=UNet2DConditionModel(**UNET),
-        scheduler=DDIMScheduler(**BETAS), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)), tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**UNET), scheduler=DDIMScheduler(**BETAS), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder / "sd15")  # fmt: skip
     unet = UNet2DConditionModel(
         **{**UNET, "cross_attention_dim": 64, "attention_head_dim": (2, 4)}, use_linear_projection=True,
@@ -158,8 +159,8 @@ class SmPODiffusion(unittest.TestCase):
 
     def train(self, model, output_dir, arguments):
         flags = f"""
-            --pretrained_model_name_or_path {model} --dataset_name pairs.parquet --output_dir {output_dir} --resolution 64
-            --train_batch_size 1 --num_inversion_steps 3 --learning_rate 5e-4 --seed 0 {arguments}
+            --pretrained_model_name_or_path {model} --dataset_name pairs.parquet --output_dir {output_dir}
+            --resolution 64 --train_batch_size 1 --num_inversion_steps 3 --learning_rate 5e-4 --seed 0 {arguments}
         """
         self.run_script(f"train_smpo_{model}.py", flags)
 
