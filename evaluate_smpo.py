@@ -328,8 +328,10 @@ def locate(flag, path, revision=None):
     files = [local] if local.is_file() else [Path(folder) / name for folder, _, names in folders for name in names]
     names = [file.relative_to(root).as_posix() for file in sorted(files)]
     # What a model is made of, and not a run's checkpoints, which may be deleted, nor what is written beside it.
-    lasting = [(name, (root / name).stat()) for name in names if local.is_file() or re.match(MODEL_FILE, name)]
-    facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in lasting]
+    lasting = [name for name in names if local.is_file() or re.match(MODEL_FILE, name)]
+    with explain_errors(flag, path, "a model that is whole and that nothing deletes meanwhile"):
+        stats = [(root / name).stat() for name in lasting]
+    facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(lasting, stats)]
     return Source(path, commit, names, f"{path}@{commit}" if commit else digest(facts))
 
 
@@ -440,6 +442,8 @@ def draw_images(jobs, sources, args):
             advice = "give less, and start the same command again, which keeps all that is drawn"
             raise UserError(f"--batch_size {args.batch_size} does not fit into memory: {advice}. {error}") from error
         for job, image in zip(batch, images):
+            if not image.getbbox():
+                print(f"{job.image} is all black: the model is broken, or overflows in {args.dtype}.")
             save_whole(folder / job.image, lambda temporary: image.save(temporary, "png"))
 
 
@@ -921,11 +925,11 @@ BLIND = """<!doctype html>
 <p id="prompt"></p>
 <p><img id="left" alt="1"> <img id="right" alt="2"></p>
 <p>Press 1 for the left, 2 for the right, 0 for neither. <span id="progress"></span>
-<a id="save" download="votes.json" href="#">Download votes.json</a></p>
+<a id="save" download="votes.json" href="#">Download votes.json</a> <a id="forget" href="#">Start over</a></p>
 <script>
 const duels = {{ duels | tojson }}, key = {{ key | tojson }}, votes = JSON.parse(localStorage.getItem(key) || "[]")
-const [prompt, left, right, progress, save] = ["prompt", "left", "right", "progress", "save"].map(id =>
-  document.getElementById(id))
+const [prompt, left, right, progress, save, forget] =
+  ["prompt", "left", "right", "progress", "save", "forget"].map(id => document.getElementById(id))
 const show = () => {
   const duel = duels[votes.length] || { prompt: "That was the last one. Download the votes.", left: "", right: "" }
   prompt.textContent = duel.prompt
@@ -940,6 +944,11 @@ document.onkeydown = event => {
   const { left, right } = duels[votes.length]
   votes.push({ left, right, vote: Number(event.key) })
   localStorage.setItem(key, JSON.stringify(votes))  // a closed page goes on where it was
+  show()
+}
+forget.onclick = () => {
+  if (confirm("Forget all votes of this browser?")) votes.length = 0
+  localStorage.setItem(key, JSON.stringify(votes))
   show()
 }
 show()

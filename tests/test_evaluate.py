@@ -478,19 +478,24 @@ def test_other_votes_are_refused(votes, message, copy, tmp_path):
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_keys_of_the_blind_page(whole):
-    """Its own script, in an engine without a browser: 1, 2 and 0 are votes, and nothing else is."""
+    """Its own script, in an engine without a browser: 1, 2 and 0 are votes, nothing else is; all can be forgotten."""
     page, duels = read_duels(whole[0] / "out")
     script = re.search("<script>(.*)</script>", page, re.S)[1]
     keys = ["3", "a", "1", "Enter", " ", "01", "12", "F1", "2", "0"]
     stands_in = f"""
-        const stored = {{}}, document = {{ getElementById: () => ({{}}) }}
+        const stored = {{}}, document = {{ getElementById: () => ({{}}) }}, confirm = () => true
         const localStorage = {{ getItem: name => stored[name] || null, setItem: (name, text) => stored[name] = text }}
         {script}
         for (const key of {json.dumps(keys)}) document.onkeydown({{ key }})
         for (const held of ["repeat", "ctrlKey", "metaKey", "altKey"]) document.onkeydown({{ key: "1", [held]: true }})
         console.log(Object.values(stored)[0])
+        forget.onclick()
+        document.onkeydown({{ key: "2" }})
+        console.log(Object.values(stored)[0])
     """
-    votes = json.loads(subprocess.run(["node", "-e", stands_in], capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(["node", "-e", stands_in], capture_output=True, text=True, check=True)
+    votes, others = map(json.loads, done.stdout.splitlines())
+    assert others == [{**votes[0], "vote": 2}]
     assert [vote["vote"] for vote in votes] == [1, 2, 0]
     assert [vote["left"] for vote in votes] == [duel["left"] for duel in duels[:3]]
 
@@ -693,6 +698,21 @@ def test_other_weights_in_the_same_file_are_another_model(name, tmp_path):
         (tmp_path / name).write_bytes(content)
         identities |= {evaluate_smpo.locate("models", str(path)).identity for path in (tmp_path, tmp_path / name)}
     assert len(identities) == 2  # the file's, and that of a folder which has no other
+
+
+def test_a_model_that_is_gone_and_one_that_draws_black(tmp_path, capsys):
+    unet = UNet2DConditionModel.from_pretrained(TINY / "sd15", subfolder="unet", torch_dtype=torch.float32)
+    with torch.no_grad():
+        unet.conv_out.weight.fill_(math.nan)
+    unet.save_pretrained(tmp_path / "broken")
+    evaluate(tmp_path / "out", models=tmp_path / "broken", max_prompts=1)
+    assert re.search(
+        "images/broken/.*png is all black: the model is broken, or overflows in float32", capsys.readouterr().out
+    )
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "config.json").symlink_to(tmp_path / "none")
+    with pytest.raises(UserError, match="--models .*gone cannot be loaded: .*No such file"):
+        evaluate(tmp_path / "out", models=tmp_path / "gone")
 
 
 def test_a_tracker_that_fails(copy):
