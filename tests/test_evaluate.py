@@ -136,6 +136,13 @@ def test_itself_and_a_damaged_model(whole):
     assert worse["median"] == pytest.approx(np.median(tuned)) and worse["mean"] < results["base"]["mean"]
     assert worse["win_rate"] == pytest.approx((tuned > base).mean()) and same["median_less_base_low"] == 0
     assert [row["seed"] for row in rows if row["model"] == "base"] == [str(i) for i in range(24)]
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        TINY / "sd15", safety_checker=None, torch_dtype=torch.float32
+    )
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64, "output_type": "np"}
+    drawn = pipeline(rows[5]["prompt"], generator=torch.Generator().manual_seed(5), **options).images[0]
+    kept = np.asarray(Image.open(folder / rows[5]["image"])) / 255
+    np.testing.assert_allclose(drawn, kept, rtol=0, atol=1 / 255)  # of 8 bits, half a level, and rounding
 
     record = read_record(folder)
     assert record["versions"]["diffusers"] == diffusers.__version__

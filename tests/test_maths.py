@@ -5,6 +5,7 @@ In float64, where `assert_close` allows 1e-7: 2.2e-16 of rounding for each of so
 """
 
 import math
+from argparse import Namespace
 from contextlib import nullcontext
 
 import numpy as np
@@ -17,11 +18,13 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from relabel_pickapic import soft_label
 from train_smpo_sd15 import (
     Context,
+    MicroBatch,
     add_noise,
     ddim_move,
     implied_noise,
     inversion_timesteps,
     invert,
+    metrics_of,
     noise_from_prediction,
     predict_eps,
     released_timesteps,
@@ -241,6 +244,24 @@ def test_hard_labels_with_gamma_1_are_diffusion_dpo():
     inside = -0.5 * 20 * ((model_w - model_l) - (ref_w - ref_l))
     expected = -torch.nn.functional.logsigmoid(inside).mean()
     torch.testing.assert_close(smpo_loss(model, ref, label_0, beta=20, gamma=1)[0], expected)
+
+
+def test_metrics_in_closed_form():
+    """Three pairs, preferred being image 0, image 1 and, at a tie of the errors, image 0: docs/metrics.md."""
+    model, ref = torch.tensor([[0.10, 0.30, 0.5, 0.20, 0.21, 0.4], [0.15, 0.28, 0.5, 0.22, 0.20, 0.4]]).double()
+    p_0, tau = torch.tensor([0.9, 0.2, 0.7]).double(), torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    # D is -0.03, 0.01 and 0, so z is 4.8, 1.2 and 0, and -0.5 beta s D is 0.6, 0.2 and 0.
+    expected = {
+        "loss": sum(math.log1p(math.exp(-z)) for z in (4.8, 1.2, 0)) / 3, "implicit_accuracy": 2.5 / 3,
+        "reward_margin": 0.8 / 3, "model_error_preferred": (0.10 + 0.21 + 0.5) / 3,
+        "model_error_rejected": (0.20 + 0.30 + 0.4) / 3, "ref_error_preferred": (0.15 + 0.20 + 0.5) / 3,
+        "ref_error_rejected": (0.22 + 0.28 + 0.4) / 3, "std_tau": sum(image.std().item() for image in tau) / 6,
+        "weight": 10 * (0.8 + 0.6 + 0.4) / 3,
+    }  # fmt: skip
+    micro_batch = MicroBatch(None, None, None, tau, ref, p_0)
+    loss, logits = smpo_loss(model, ref, p_0, beta=40, gamma=10)
+    metrics = metrics_of(loss, logits, model, micro_batch, Namespace(beta_dpo=40, gamma=10))
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-6)  # of fp32
 
 
 # Labels

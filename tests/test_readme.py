@@ -231,6 +231,19 @@ def test_evidence():
     assert len(quoted) == 8 and not [
         interval for interval in quoted if interval not in TEXTS["tests/ablation/README.md"]
     ]
+    titles = {
+        "forward noise": "forward (Diffusion-DPO)", "DDIM inversion": "DDIM, 9 moves",
+        "+ ReNoise at the last move, as the paper has it": "ReNoise, last of 9 moves",
+        "+ ReNoise at every move": "ReNoise, every one of 5 moves",
+        "half random, half the paper's noise": "half random, half last of 9",
+        "released code, 5 levels (the default)": "released code, 5 levels",
+    }  # fmt: skip
+    (table,) = re.findall(r"^\| row \| reward gain .*\n\|[-|]*\n((?:\|.*\n)*)", README, re.M)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert [title for title, *_ in rows] == list(titles)
+    for title, gain, calls, seeds in rows:
+        whole = rf"^\| {re.escape(titles[title])}, soft \| 5e-05 \| 8 \| {calls} \| {re.escape(gain)} \|.* {seeds} \|$"
+        assert re.search(whole, TEXTS["tests/ablation/README.md"], re.M), title
 
 
 def anchors(text):

@@ -140,7 +140,7 @@ def test_the_pairs_of_a_step_are_inverted_in_order_of_their_timesteps(tmp_path, 
 def test_the_inversion_batch_changes_speed_alone(tmp_path, labels_path, monkeypatch):
     """Two optimiser steps of the script's own loop, the second with the weights that the first has changed."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    flags = {"labels_path": labels_path, "gradient_accumulation_steps": 3, "beta_dpo": 200}
+    flags = {"labels_path": labels_path, "gradient_accumulation_steps": 3, "beta_dpo": 200, "max_grad_norm": 0.5}
     context, pairs = make_run(train_smpo_sd15, tmp_path, None, torch.float64, **flags)
     accelerator, unet, runs = Accelerator(gradient_accumulation_steps=3), context.models["unet"], []
     start = {name: value.clone() for name, value in unet.state_dict().items()}
@@ -152,7 +152,11 @@ def test_the_inversion_batch_changes_speed_alone(tmp_path, labels_path, monkeypa
         progress = train_smpo_sd15.Progress()
         batches = train_smpo_sd15.make_batches(accelerator, pairs, progress, context.args)
         steps = train_smpo_sd15.optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, [], context)
-        runs.append([{**logs, "pairs_per_second": 0} for logs, *_ in itertools.islice(steps, 2)])
+        first, *_ = next(steps)
+        moved = [value - start[name] for name, value in unet.state_dict().items()]
+        length = torch.nn.utils.get_total_norm(moved).item()
+        assert first["grad_norm"] > 0.5 and length == pytest.approx(1e-4 * 0.5, rel=1e-5)  # clipped to it, less 1e-6
+        runs.append([first, next(steps)[0]])
     one_by_one, together = runs
     assert one_by_one[0]["loss"] != one_by_one[1]["loss"]
     assert together == [pytest.approx(logs, rel=FLOAT64_RTOL) for logs in one_by_one]

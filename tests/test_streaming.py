@@ -1,5 +1,6 @@
 """--streaming: training on Parquet files where they lie."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -34,7 +35,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture
 def steps(shards, tmp_path, monkeypatch):
-    """`steps(count, rank, num_processes, state)`: (captions, state after it) of each optimiser step of a stream."""
+    """`steps(count, rank, num_processes, state)`: (pairs, state after it) of each optimiser step of a stream."""
     monkeypatch.setattr(train_smpo_sd15, "MIXED_ROW_GROUPS", 4)
     Accelerator(cpu=True)  # the logger asks it which process this is
 
@@ -48,7 +49,9 @@ def steps(shards, tmp_path, monkeypatch):
             captions = []
             while len(captions) < args.train_batch_size * args.gradient_accumulation_steps:
                 batch = next(stream)
-                captions += zip(batch["captions"], batch["timesteps"].tolist(), batch["seeds"])
+                pictures = (batch["pixel_values"][i :: len(batch["captions"])] for i in range(len(batch["captions"])))
+                pictures = [hashlib.sha256(both.numpy().tobytes()).hexdigest() for both in pictures]
+                captions += zip(batch["captions"], batch["timesteps"].tolist(), batch["seeds"], pictures)
             drawn.append((captions, batch["state"]))
         return drawn
 
@@ -72,7 +75,7 @@ def test_an_epoch_of_a_stream(steps, shards):
     assert sorted(caption for caption, *_ in first) == expected
     assert sorted(caption for caption, *_ in second) == expected
     assert [caption for caption, *_ in first] != [caption for caption, *_ in second]
-    assert len({tuple(seeds) for _, _, seeds in drawn}) == len(drawn)
+    assert len({tuple(seeds) for _, _, seeds, _ in drawn}) == len(drawn)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
@@ -86,8 +89,10 @@ def test_a_stream_goes_on_where_it_stopped(num_processes, steps):
 
 
 def test_processes_divide_an_epoch_and_micro_batches_do_not_change_it(steps):
-    parts = [[caption for pairs, _ in steps(30, rank, 2) for caption in pairs] for rank in (0, 1)]
-    assert not {seeds[0] for _, _, seeds in parts[0]} & {seeds[0] for _, _, seeds in parts[1]}
+    parts = [[pair for pairs, _ in steps(30, rank, 2) for pair in pairs] for rank in (0, 1)]
+    for part in (2, 3):  # neither draws nor pictures are those of the other process
+        first, second = ({str(pair[part]) for pair in pairs} for pairs in parts)
+        assert not first & second and len(first) > 100
     (pairs, state), (other, other_state) = steps(1)[0], steps(1, train_batch_size=4, gradient_accumulation_steps=1)[0]
     assert sorted(pairs) == sorted(other) and state == other_state
 

@@ -83,8 +83,10 @@ def test_full_fine_tuning(full_run):
         "tokenizer", "training_args.json", "unet", "vae", "validation",
     }  # fmt: skip
     assert names_in(folder / "validation") == {"step-1.png", "step-2.png"}
-    sheet, size = np.asarray(Image.open(folder / "validation" / "step-2.png")), train_smpo_sd15.THUMBNAIL
-    assert sheet.shape == (2 * size, 2 * size, 3) and (sheet[:, :size] != sheet[:, size:]).any()
+    first, second = (np.asarray(Image.open(folder / "validation" / f"step-{step}.png")) for step in (1, 2))
+    size = train_smpo_sd15.THUMBNAIL
+    assert first.shape == (2 * size, 2 * size, 3) and (first[:, :size] == second[:, :size]).all()  # the base's
+    assert (first[:, size:] != second[:, size:]).any()
     before, after = unet_weights(TINY / "sd15"), unet_weights(folder)
     assert not [name for name in before if torch.equal(before[name], after[name])]  # every parameter has moved
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
@@ -139,6 +141,8 @@ def test_every_way_to_train_moves_every_weight(flags, tmp_path, labels_path):
     logs = train(tmp_path, labels_path=labels_path, **flags)
     assert logs["loss"][0] == LOG_2 and logs["reward_margin"][0] == 0
     assert all(np.isfinite(values).all() for values in logs.values())
+    if "lr_warmup_steps" in flags:
+        assert logs["lr"] == pytest.approx([0, 1e-4], rel=1e-6)  # in fp32
     if "rank" in flags:
         assert all(value.any() for value in load_file(tmp_path / "pytorch_lora_weights.safetensors").values())
     else:
@@ -394,13 +398,47 @@ def test_every_pair_is_dealt_once_an_epoch_and_a_run_goes_on_where_it_stopped(lo
         groups = shuffled_keys(pairs, start, 2, process, args)
         return [[next(groups) for _ in range(3)] for _ in range(steps)]
 
-    first, second = take(0, 0, 4), take(1, 0, 4)
+    first, second, chosen = take(0, 0, 4), take(1, 0, 4), set()
     for epoch in range(4):  # a step is an epoch of 12 of the 15 pairs
         keys = [key for groups in (first[epoch], second[epoch]) for group in groups for key in group]
         assert {key[0] for key in keys} == {epoch} and len({key[1] for key in keys}) == 12
+        chosen.add(frozenset(key[1] for key in keys))
         timesteps = [[pairs.timestep(key) for group in part[epoch] for key in group] for part in (first, second)]
         assert sorted(sum(timesteps, [])) == [t for both in zip(*timesteps) for t in both]  # dealt out in turns
     assert take(1, 3, 1) == second[3:]
+    assert len(chosen) > 2 and frozenset(range(12)) not in chosen  # another shuffle leaves others out
+
+
+def test_a_pair_is_that_of_its_row(load):
+    """Image i, the label and the caption; as many captions are empty as asked for."""
+    pairs, _ = load()
+    for index in range(3):
+        example, row = pairs[0, index], pairs.data[int(pairs.rows[index])]
+        expected = [cut_square(decode_image(row[f"jpg_{i}"], 128), 64, False) for i in (0, 1)]
+        assert not example["problems"] and not torch.equal(*expected)
+        assert all(torch.equal(*both) for both in zip(example["pixel_values"], expected))
+        assert example["caption"] == row["caption"] != "" and example["soft_label_0"] == pairs.soft_labels_0[index]
+    pairs, _ = load(proportion_empty_prompts=0.2)
+    empty = [pairs.draw(0, int(row))["empty"] for row in pairs.rows]
+    assert abs(np.mean(empty) - 0.2) < 4 * (0.16 / len(empty)) ** 0.5  # four standard errors
+    assert pairs[0, empty.index(True)]["caption"] == "" != pairs[0, empty.index(False)]["caption"]
+
+
+def test_the_optimisers_have_what_the_flags_say(tmp_path):
+    given = {"adam_beta1": 0.5, "adam_beta2": 0.6, "adam_epsilon": 0.7, "adam_weight_decay": 0.8}
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    args = parse_args(train_flags(tmp_path, **given))
+    expected = {"lr": 0.9, "betas": (0.5, 0.6), "eps": 0.7, "weight_decay": 0.8}
+    assert expected.items() <= train_smpo_sd15.make_optimizer(weights, 0.9, args).defaults.items()
+    args.optimizer = "adafactor"
+    expected = {
+        "lr": 0.9,
+        "weight_decay": 0.8,
+        "clip_threshold": 1.0,
+        "scale_parameter": False,
+        "relative_step": False,
+    }
+    assert expected.items() <= train_smpo_sd15.make_optimizer(weights, 0.9, args).defaults.items()
 
 
 def test_the_middle_of_a_picture_keeps_its_shape():
