@@ -5,6 +5,7 @@ What is compared with another computation is in float64, where a tolerance of 1e
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -297,6 +298,41 @@ def test_gradients(bed, tmp_path, monkeypatch):
     make_tables.gradients_picture(rows, tmp_path / "gradients.png")
     assert (tmp_path / "gradients.png").stat().st_size > 1000
     assert make_tables.gradients_table(rows).count("\n") == 2 + 1 + len(some)
+
+
+def test_errors(bed, tmp_path, monkeypatch):
+    """By hand for one policy, on pairs that it was not trained on; nothing is run twice."""
+    pairs, trained, train = bed.own_pairs(num_prompts=3), [], run_ablation.train
+
+    def spied(*args):
+        for unet, calls in train(*args):
+            trained.append(copy.deepcopy(unet))
+            yield unet, calls
+
+    row = dataclasses.replace(ROWS["forward_soft"], learning_rate=1e-2)  # so that errors differ by more than rounding
+    for name, value in {"ERROR_ROWS": ["forward_soft"], "ERROR_PAIRS": 2, "train": spied}.items():
+        monkeypatch.setattr(run_ablation, name, value)
+    monkeypatch.setitem(ROWS, "forward_soft", row)
+    monkeypatch.setattr(Lab, "pairs", lambda lab, name: pairs)
+    for _ in range(2):
+        run_ablation.errors(Lab(tmp_path, run_ablation.Settings(2, (1, 2), (0,)), bed))
+    assert len(trained) == 2
+    found = pd.read_csv(tmp_path / "errors.csv").set_index("step").loc[2]
+    order = order_of(len(pairs.soft), 6, 0)
+    x_0, states, t, noise, p_0 = draw_batch(chosen(pairs, order[4:]), "soft", 0, 0)
+    x_t = smpo.add_noise(x_0, noise, bed.alpha_bar[t])
+    with torch.no_grad():
+        ours, theirs = (
+            (unet(x_t, t, states).sample - noise).pow(2).mean((1, 2, 3)) for unet in (trained[1], bed.unet)
+        )
+    gaps = ((ours - theirs) / theirs.mean()).tolist()
+    preferred, rejected = (
+        [gaps[k + 2 * other(p_0[k])] for k in (0, 1)] for other in (lambda p: p < 0.5, lambda p: p > 0.5)
+    )
+    assert found["preferred"] == pytest.approx(sum(preferred) / 2, rel=1e-3) and abs(sum(preferred)) > 1e-2
+    assert found["rejected"] == pytest.approx(sum(rejected) / 2, rel=1e-3)
+    assert found["accuracy"] == sum(a < b for a, b in zip(preferred, rejected)) / 2
+    assert make_tables.errors_table(pd.read_csv(tmp_path / "errors.csv")).count("\n") == 2 + 2 - 1
 
 
 def test_inversion(bed, tmp_path, monkeypatch):

@@ -283,13 +283,9 @@ class Bed:
             x_t = smpo.add_noise(x_0, tau, alpha_bar_t)
         return x_t, calls
 
-    def loss(self, row, unet, batch):
-        """Loss of a batch from `draw_batch`, and its UNet calls.
-
-        A call is one image's forward pass: those of the inversion, one of the reference, and three of the policy,
-        whose backward pass costs two.
-        """
-        x_0, states, t, noise, p_0 = batch
+    def errors(self, row, unet, batch):
+        """Errors of policy and reference `[2B]` on a batch from `draw_batch`, and UNet calls of the inversion."""
+        x_0, states, t, noise, _ = batch
         cond = {"encoder_hidden_states": states}
         models = {"policy": unet, "reference": self.unet}
         x_t, calls = self.noised(row, models[row.inverted_by], x_0, states, t, noise)
@@ -297,9 +293,17 @@ class Bed:
         tau = smpo.implied_noise(x_0, x_t, self.alpha_bar[t])
         with torch.no_grad():
             ref_errors = smpo.squared_errors(smpo.call_unet(self.unet, x_t, t, cond), tau)
-        model_errors = smpo.squared_errors(smpo.call_unet(unet, x_t, t, cond), tau)
-        loss, _ = smpo.smpo_loss(model_errors, ref_errors, p_0, row.beta, row.gamma)
-        return loss, calls + 4 * len(x_0)
+        return smpo.squared_errors(smpo.call_unet(unet, x_t, t, cond), tau), ref_errors, calls
+
+    def loss(self, row, unet, batch):
+        """Loss of a batch from `draw_batch`, and its UNet calls.
+
+        A call is one image's forward pass: those of the inversion, one of the reference, and three of the policy,
+        whose backward pass costs two.
+        """
+        model_errors, ref_errors, calls = self.errors(row, unet, batch)
+        loss, _ = smpo.smpo_loss(model_errors, ref_errors, batch[-1], row.beta, row.gamma)
+        return loss, calls + 4 * len(ref_errors)
 
 
 class BigBed(Bed):

@@ -249,6 +249,15 @@ def inversion_table(rows):
     return table(["variant", f"UNet calls at t = {means.columns[-1]}", *(f"t = {t}" for t in means)], lines)
 
 
+def errors_table(rows):
+    """What trained policies err more than the reference, in percent of its error, on unseen pairs."""
+    lines = []
+    for (name, step), some in rows.groupby(["name", "step"], sort=False):
+        cells = [with_interval(100 * some[column], 1, "+") for column in ("preferred", "rejected")]
+        lines.append([TITLES[name], step, *cells, with_interval(some["accuracy"], 3), len(some)])
+    return table(["row", "steps", "preferred", "rejected", "accuracy", "seeds"], lines)
+
+
 def gradients_table(rows):
     """Size / agreement / agreement with forward noise / std(tau) / residual of every noising by quarter of t."""
 
@@ -285,6 +294,7 @@ def make_tables(results):
         "rule": (rule, read_runs, "runs"),
         "rounds": (rounds_tables, read_runs, "rounds"),
         "inversion": (inversion_table, pd.read_csv, "inversion"),
+        "errors": (errors_table, pd.read_csv, "errors"),
         "gradients": (gradients_table, pd.read_csv, "gradients"),
     }
     paths = {name: results / f"{file}.csv" for name, (_, _, file) in makers.items()}

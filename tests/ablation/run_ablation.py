@@ -1,7 +1,7 @@
 # Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
 """The paper's ablation on a small model, where every row can be trained many times.
 
-    python tests/ablation/run_ablation.py all      # or some of: inversion gradients calm tune
+    python tests/ablation/run_ablation.py all      # or some of: inversion gradients errors calm tune
     python tests/ablation/make_tables.py           # its tables in README.md
 
 A result that is in the CSV is not computed again, so a stopped run goes on where it was; processes share the work with
@@ -10,6 +10,7 @@ With `--scale gpu` it is all done with a larger base model, which is trained fir
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import itertools
@@ -69,6 +70,7 @@ VARIANTS = {
     **{f"released code, {n} levels": Row("released", num_inversion_steps=n) for n in (5, 10)},
     "forward noise": Row("forward"),
 }
+ERROR_ROWS, ERROR_PAIRS = ("last_soft", "by_reference_soft", "released_soft", "mixed_soft", "forward_soft"), 192
 GRADIENT_SEED, GRADIENT_SETS, GRADIENT_PAIRS = 3000, 10, 24  # disjoint sets, pairs of each
 
 
@@ -271,6 +273,31 @@ def preference_gradient(bed, unet, batch):
     return flat(torch.autograd.grad(aim, list(unet.parameters()))), (eps - tau).detach()
 
 
+@torch.no_grad()
+def errors(lab):
+    """How much more than the reference a trained policy errs on preferred and on rejected images of unseen pairs."""
+    path, (pairs_per_step, evaluated, seeds) = lab.results / "errors.csv", lab.settings
+    for seed, name in lab.jobs("errors", seeds[:3], ERROR_ROWS):
+        about, rows, num_trained = {"name": name, "seed": seed}, [], evaluated[-1] * pairs_per_step
+        if is_known(path, about, list(about)):
+            continue
+        row, pairs = ROWS[name], lab.pairs("foreign")
+        unseen = order_of(len(pairs.soft), num_trained + ERROR_PAIRS, seed)[num_trained:]
+        batch = draw_batch(chosen(pairs, unseen), row.labels, seed, 0)
+        prefers_0 = batch[-1] > 0.5
+        with torch.enable_grad():
+            policies = [
+                copy.deepcopy(unet) for unet, _ in train(lab.bed, row, pairs, seed, pairs_per_step, evaluated[-1])
+            ]
+        for step in evaluated:
+            model_errors, ref_errors, _ = lab.bed.errors(row, policies[step - 1], batch)
+            gap_0, gap_1 = ((model_errors - ref_errors) / ref_errors.mean()).chunk(2)
+            preferred, rejected = torch.where(prefers_0, gap_0, gap_1), torch.where(prefers_0, gap_1, gap_0)
+            gaps = {"preferred": preferred.mean().item(), "rejected": rejected.mean().item()}
+            rows.append({**about, "step": step, **gaps, "accuracy": (preferred < rejected).double().mean().item()})
+        append(path, rows)
+
+
 def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors])
 
@@ -284,7 +311,7 @@ def mean_std(images):
     return images.flatten(1).std(1).mean().item()
 
 
-PARTS = {part.__name__: part for part in (inversion, gradients, calm, tune)}
+PARTS = {part.__name__: part for part in (inversion, gradients, errors, calm, tune)}
 
 
 def parse_args(input_args=None):
