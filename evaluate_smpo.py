@@ -76,6 +76,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from huggingface_hub import snapshot_download
 from PIL import Image
@@ -95,7 +96,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import check_min_version, is_wandb_available, make_image_grid
+from diffusers.utils import check_min_version, make_image_grid
 
 
 check_min_version("0.35.0")
@@ -1135,7 +1136,7 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", required=True, type=nonempty, help="Folder for images, scores and tables.")
-    trackers = ["tensorboard", "wandb", "all", "none"]
+    trackers = ["tensorboard", "wandb", "trackio", "all", "none"]
     add("--report_to", default="none", choices=trackers, help="Where metrics and pictures go.")
     add("--blind", action="store_true", help="Also makes blind/index.html, a page on which people vote by keys.")
     add("--votes", type=nonempty, nargs="+", help="Files that this page has made: win rates beside the rewards'.")
@@ -1169,8 +1170,9 @@ def resolve(args):
         problems.append(f"--pairs_path {pairs} must end in .parquet.")
     if pairs and Path(pairs).exists():
         problems.append(f"--pairs_path {pairs} exists: move it away, or name another file.")
-    if args.report_to == "wandb" and not is_wandb_available():
-        problems.append("--report_to wandb needs wandb: pip install wandb.")
+    tracker, known = args.report_to, LOGGER_TYPE_TO_CLASS
+    if tracker in ("wandb", "trackio") and (tracker not in known or importlib.util.find_spec(tracker) is None):
+        problems.append(f"--report_to {tracker} needs more: pip install -U accelerate {tracker}.")
     models = named_sources(args.models, "models", ["base", *args.steps], problems)
     taken = ["best", "uid", "label", "votes", "scores", *Job._fields]
     rewards = named_sources(args.reward_model, "reward_model", taken, problems)

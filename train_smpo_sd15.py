@@ -102,6 +102,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.logging import get_logger
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import ProjectConfiguration, gather_object
 from datasets import load_dataset
 from datasets.distributed import split_dataset_by_node
@@ -120,7 +121,7 @@ import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params, free_memory, offload_models
-from diffusers.utils import check_min_version, is_accelerate_version, is_wandb_available
+from diffusers.utils import check_min_version, is_accelerate_version
 
 
 check_min_version("0.35.0")
@@ -1507,7 +1508,7 @@ def parse_args(input_args=None):
     add("--allow_tf32", **yes, help="TF32 matrix products on Ampere and later GPUs.")
 
     add = parser.add_argument_group("logging and validation").add_argument
-    trackers = ["tensorboard", "wandb", "all", "none"]
+    trackers = ["tensorboard", "wandb", "trackio", "all", "none"]
     add("--report_to", default="tensorboard", choices=trackers, help="Where metrics and pictures go.")
     add("--validation_split", type=nonempty, help="Held-out pairs: a split, or a share of the pairs such as 0.02.")
     add("--validation_prompts", nargs="+", help="Prompts to draw, or a .txt file with a prompt a line.")
@@ -1559,8 +1560,9 @@ def resolve(args):
         problems.append("--validation_split with a share does not go with --streaming: name a split.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    if args.report_to == "wandb" and not is_wandb_available():
-        problems.append("--report_to wandb needs wandb: pip install wandb.")
+    tracker, known = args.report_to, LOGGER_TYPE_TO_CLASS
+    if tracker in ("wandb", "trackio") and (tracker not in known or importlib.util.find_spec(tracker) is None):
+        problems.append(f"--report_to {tracker} needs more: pip install -U accelerate {tracker}.")
     if args.mixed_precision == "bf16" and torch.backends.mps.is_available():
         problems.append("--mixed_precision bf16 is not supported on MPS: use fp16 or no.")
     for file in args.labels_path or []:
@@ -1814,7 +1816,8 @@ def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args
     logger.info(f"{len(pairs)} pairs; {max_train_steps} steps, from {progress.step} on")
     if accelerator.is_main_process:
         flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
-        going_on = {"wandb": {"id": record["wandb_id"], "resume": "allow"}}
+        run = record["wandb_id"]
+        going_on = {"wandb": {"id": run, "resume": "allow"}, "trackio": {"name": run, "resume": "allow"}}
         accelerator.init_trackers("smpo-diffusion", config=flat, init_kwargs=going_on)
 
     logs = fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_train_steps, record, context)

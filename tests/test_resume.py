@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -433,6 +434,19 @@ def test_no_secret_and_no_open_door_in_the_output(rank, public, tmp_path, monkey
         assert shown == {"README.md", LORA_FILE, KOHYA_LORA_FILE}
     else:
         assert {"README.md", "model_index.json", UNET_FILE} < shown and not [name for name in shown if "check" in name]
+
+
+def test_trackio_goes_on_with_its_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")  # which wants a Pillow below 13, so the suite's environment has none
+    flags = {**FAST, "report_to": "trackio", "checkpointing_steps": 1}
+    for steps in (1, 2):
+        train(tmp_path / "out", max_train_steps=steps, resume_from_checkpoint="latest", **flags)
+    with sqlite3.connect(tmp_path / "trackio" / "smpo-diffusion.db") as database:
+        logged = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
+    (run_name,) = {name for name, *_ in logged}
+    assert run_name == json.loads((tmp_path / "out" / RECORD_FILE).read_text())["wandb_id"]
+    assert [step for _, step, text in logged if "implicit_accuracy" in str(text)] == [1, 2]
 
 
 def test_an_upload_that_failed_is_done_by_the_same_command_again(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ ARGUMENTS = """
 """.split()
 # Packages that requirements.txt brings without naming them, and those that a flag asks for.
 BROUGHT = {"huggingface_hub", "fsspec", "filelock", "jinja2", "pandas", "numpy", "safetensors", "tqdm"}
-OPTIONAL = {"wandb", "bitsandbytes"}
+OPTIONAL = {"wandb", "trackio", "bitsandbytes"}
 TESTS = "test_smpo_diffusion.py"
 
 
