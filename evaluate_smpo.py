@@ -236,6 +236,9 @@ def summarise(table, rewards, seed):
 class UserError(ValueError):
     """A mistake of the user's; its text says what was found, what is accepted, and what to do."""
 
+    def __init__(self, text):
+        super().__init__(re.sub("://[^/@ ]*@", "://", text))  # no user and password of a URL
+
 
 @contextmanager
 def explain_errors(flag, value, accepted="a Hub name or a folder"):

@@ -168,6 +168,9 @@ def first_places(*keys):
 class UserError(ValueError):
     """A mistake of the user's; its text says what was found, what is accepted, and what to do."""
 
+    def __init__(self, text):
+        super().__init__(re.sub("://[^/@ ]*@", "://", text))  # no user and password of a URL
+
 
 @contextmanager
 def explain_errors(flag, value, accepted="a Hub name or a folder"):
@@ -700,7 +703,7 @@ def write_whole(path, write):
         sync_to_disk(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        advice = "What was finished before is kept: make room, and start the same command again."
+        advice = "What was finished before is kept: make room (machines have to share the folder), and start again."
         raise UserError(f"{path} cannot be written: {error}. {advice}") from error
 
 

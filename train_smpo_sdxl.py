@@ -174,6 +174,9 @@ SAME_RUN = """
 class UserError(ValueError):
     """A mistake of the user's; its text says what was found, what is accepted, and what to do."""
 
+    def __init__(self, text):
+        super().__init__(re.sub("://[^/@ ]*@", "://", text))  # no user and password of a URL
+
 
 # ---- The maths: pure functions of tensors ---------------------------------------------------------------------------
 

@@ -362,6 +362,12 @@ def test_a_number_that_is_none_is_named(flag, value, accepted, tmp_path, capsys)
     assert re.search(rf"argument --{flag}: (must be )?{accepted}.*(, got {value}|from.)\n$", capsys.readouterr().err)
 
 
+def test_a_mistake_does_not_tell_a_password(tmp_path):
+    with pytest.raises(ValueError, match="--dataset_name https://host/pairs.parquet ") as error:
+        train(tmp_path / "out", dataset_name="https://me:secret@host/pairs.parquet", label_column="label_0")
+    assert "secret" not in str(error.value)
+
+
 def test_a_user_s_mistake_is_the_last_thing_on_the_screen(server, tmp_path):
     """Its text alone, without a traceback, and exit code 2."""
     flags = train_flags(tmp_path / "out", pretrained_model_name_or_path="no/such")
