@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 import importlib
+import io
 import signal
 import subprocess
 import sys
@@ -188,6 +189,12 @@ def write_pairs(path, **columns):
         table = table.append_column(name, column) if i < 0 else table.set_column(i, name, column)
     pq.write_table(table, path)
     return path
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def split_pairs(folder, rows):

@@ -290,13 +290,11 @@ def test_gradients(bed, tmp_path, monkeypatch):
     rows = pd.read_csv(tmp_path / "gradients.csv")
     row, cosine = rows.set_index(["quarter", "noising", "set"]).loc[1, "last", 0], torch.nn.CosineSimilarity(dim=0)
     forward, last = ([found[3 * k + noising][0].double() for k in range(3)] for noising in (0, 1))
-    expected = (cosine(last[0], last[1]) + cosine(last[0], last[2])) / 2
-    assert row["agreement"] == pytest.approx(expected.item(), abs=1e-4)  # fp32, of 2.6 M weights
-    expected = sum(cosine(last[0], forward[k]) + cosine(last[k], forward[0]) for k in (1, 2)) / 4
-    assert row["forward"] == pytest.approx(expected.item(), abs=1e-4)
+    for name, others in {"agreement": last, "forward": forward}.items():
+        expected = sum(cosine(last[0], others[k]) + cosine(last[k], others[0]) for k in (1, 2)) / 4
+        assert row[name] == pytest.approx(expected.item(), abs=1e-4)  # fp32, of 2.6 M weights
     assert row["size"] == pytest.approx(last[0].pow(2).mean().sqrt().item(), rel=1e-4)
     make_tables.gradients_picture(rows, tmp_path / "gradients.png")
-    assert (tmp_path / "gradients.png").stat().st_size > 1000
     assert make_tables.gradients_table(rows).count("\n") == 2 + 1 + len(some)
 
 

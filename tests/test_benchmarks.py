@@ -52,12 +52,11 @@ def test_the_arithmetic_of_the_readme(capsys):
 
 @pytest.mark.parametrize("case", ["tiny-full", pytest.param("tiny-sdxl-lora", marks=pytest.mark.slow)])
 def test_training_speed_is_told_with_what_was_computed(case, monkeypatch, capsys):
-    """Every pair at the timesteps that the script draws: UNet passes and phases of each way to train, by hand."""
-    for name, value in {"COMPARED_PAIRS": 1, "REPEATS": {"cpu": 1}, "MATRICES": {"cpu": (64, 1)}}.items():
+    """Every pair at the timesteps that the script draws: UNet passes of each way to train, by hand."""
+    for name, value in {"REPEATS": {"cpu": 1}, "MATRICES": {"cpu": (64, 1)}}.items():
         monkeypatch.setattr(benchmark_training, name, value)
     rows = benchmark_training.main(["--cases", case, "--batch_sizes", "2", "--num_pairs", "2"])
-    printed = capsys.readouterr().out
-    assert "cosine of the gradients 0.9" in printed and printed.count(f"\n| {case} |") == len(rows)
+    assert capsys.readouterr().out.count(f"\n| {case} |") == len(rows)
     run = benchmark_training.Run(case, torch.float32)
     timesteps = {size: next(run.batches(run.parse(size)[1], size))["timesteps"] for size in (1, 2)}
     moves = (9 * (timesteps[2] + 1) + 999) // 1000
@@ -73,8 +72,5 @@ def test_training_speed_is_told_with_what_was_computed(case, monkeypatch, capsys
     for row in rows:
         passes, calls = (numbers.double().mean() for numbers in expected[row["how"]])
         assert row["UNet forwards a pair"] == passes and row["UNet calls a pair"] == calls
-        shares = [row[phase] for phase in benchmark_training.PHASES]
-        assert 0.5 < sum(shares) < 1.0001 and all(share > 0 for share in shares[:3] + shares[4:])
-        assert (row["inversion"] > 0) == (row["how"] != "Diffusion-DPO")
     released, script = (row["pairs/s"] * row["UNet forwards a pair"] for row in rows[:2])
     assert rows[1]["ratio"] == pytest.approx(script / released, rel=1e-9)

@@ -577,20 +577,17 @@ def test_prompts_in_every_format(tmp_path):
     parti.write_text('Prompt\tCategory\tChallenge\tNote\na "red" bee\tAnimals\tBasic\t\na boat\tVehicles\tBasic\tx\n')
     assert prompts_of(parti, caption_column="Prompt") == {'a "red" bee': None, "a boat": None}
 
-    for name, text in [
-        ("bom.txt", "a boat\n\n a boat\n"),
-        ("bom.csv", "caption\na boat\n"),
-        ("bom.json", '["a boat"]'),
-    ]:
-        (tmp_path / name).write_text(text, encoding="utf-8-sig")
-        assert prompts_of(tmp_path / name) == {"a boat": None}
     rows = [{"caption": "a, b", "kind": 1}, {"caption": "c", "kind": 2}, {"caption": None, "kind": 2}]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "rows.csv").write_text('caption,kind\n"a, b",1\nc,2\n')
     pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
-    for name in ("rows.json", "rows.jsonl", "rows.csv", "rows.parquet"):
-        assert prompts_of(tmp_path / name) == {"a, b": None, "c": None}
+    boat, two = {"a boat": None}, {"a, b": None, "c": None}
+    for name, text, expected in [
+        ("bom.txt", "a boat\n\n a boat\n", boat), ("bom.csv", "caption\na boat\n", boat),
+        ("bom.json", '["a boat"]', boat), ("rows.json", json.dumps(rows), two), ("rows.parquet", None, two),
+        ("rows.jsonl", "\n".join(map(json.dumps, rows)), two), ("rows.csv", 'caption,kind\n"a, b",1\nc,2\n', two),
+    ]:  # fmt: skip
+        if text is not None:
+            (tmp_path / name).write_text(text, encoding="utf-8-sig" if name[:3] == "bom" else "utf-8")
+        assert prompts_of(tmp_path / name) == expected
     assert prompts_of(tmp_path / "rows.parquet", max_prompts=1) == {"a, b": None}
 
 
@@ -761,10 +758,7 @@ def test_home_folders(tmp_path, monkeypatch):
     [
         ({"prompts_path": None}, "required: --prompts_path"),
         ({"prompts_path": ""}, "--prompts_path: is empty: is the variable set that it comes from?"),
-        ({"resolution": 63}, "--resolution: must be a multiple of 8, the VAE's factor, got 63"),
         ({"guidance_scale": math.inf}, "--guidance_scale: must be a number, 0 or more, got inf"),
-        ({"num_inference_steps": 0}, "--num_inference_steps: must be a whole number above 0, got 0"),
-        ({"seed": -1}, "--seed: must be a whole number, 0 or more"),
     ],
 )
 def test_a_bad_value_is_named(flags, message, tmp_path, capsys):
@@ -786,7 +780,6 @@ def test_a_bad_value_is_named(flags, message, tmp_path, capsys):
         ({"models": ".."}, "--models ..: '..' cannot name it"),
         ({"votes": "none.json"}, "--votes none.json cannot be loaded: .*No such file"),
         ({"models": ["base=x"]}, "'base' cannot name it"),
-        ({"models": ["a=x", "a=y"]}, "'a' cannot name it"),
         ({"models": ["mine=/no/such"]}, "(?s)--models /no/such cannot be loaded.*a file or folder that exists"),
         ({"models": [f"mine={TINY / 'pairs'}"]}, "(?s)--models mine=.*pairs holds test.parquet, .*a pipeline, UNet"),
         ({"models": [f"mine={TINY / 'judge.safetensors'}"]}, "--models .*judge.safetensors cannot be loaded: "),

@@ -4,8 +4,6 @@ import hashlib
 import io
 import json
 import os
-import runpy
-import sys
 from types import SimpleNamespace
 
 import datasets
@@ -15,14 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_labels, names_in, relabel, train
+from conftest import ROOT, TINY, assert_same_labels, encoded, names_in, relabel, train
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 import relabel_pickapic
 from relabel_pickapic import (
     MAX_PARTS,
-    MAX_PIXELS,
     PIECE_ROWS,
     ParquetShards,
     PieceImages,
@@ -113,7 +110,7 @@ def test_workers_read_and_preprocess_as_the_processor_does(tmp_path):
     rng = np.random.default_rng(0)
     sizes = [(512, 512), (640, 448), (768, 1024), (100, 300), (224, 224)]
     images = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-    columns = {"jpg_0": [encoded(image, "PNG") for image in images], "jpg_1": [encoded(i, "BMP") for i in images]}
+    columns = {"jpg_0": [encoded(image) for image in images], "jpg_1": [encoded(i, "BMP") for i in images]}
     pq.write_table(pa.table(columns), tmp_path / "pairs.parquet", row_group_size=3)
 
     class Shards(ParquetShards):
@@ -191,25 +188,15 @@ def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
     [
         ({"score_range": [0.3, 0.1]}, "--score_range must be a MIN and a larger MAX, got 0.3 0.1"),
         ({"output_path": "labels.csv"}, "must end in .parquet"),
-        (
-            {"caption_column": "prompt"},
-            "(?s)--caption_column prompt: there is no such column.*the data set has .*caption",
-        ),
+        ({"caption_column": "prompt"}, "(?s)--caption_column prompt: there is no such column.*data set has .*caption"),
         ({"key_columns": ["uid"]}, "--key_columns takes two or three columns, got uid"),
-        (
-            {"dataset_name": "no/such/set"},
-            r"(?s)--dataset_name no/such/set .* cannot be loaded.*Accepted: a Hub name, a folder, or a Parquet",
-        ),
+        ({"dataset_name": "no/such/set"}, "(?s)--dataset_name no/such/set .* cannot be loaded.*Accepted: a Hub name"),
         ({"hub_public": True}, "--hub_dataset_id and --hub_public do nothing without --push_to_hub"),
-        (
-            {"dataset_split_name": "absent"},
-            "--dataset_split_name absent cannot be loaded: it has the splits train, test",
-        ),
         ({"dataset_name": None, "pairs_from": "x", "push_to_hub": True}, "do nothing with --pairs_from: label what"),
         ({"reward_model": "~/no/lr=1e-5/model"}, "--reward_model /.*/no/lr=1e-5/model cannot be loaded"),
         ({"reward_model": "mine=no/model"}, "--reward_model no/model cannot be loaded"),
         ({"reward_model": TINY / "sd15" / "text_encoder"}, "is a .*, not a CLIP-style model"),
-        ({"dataset_split_name": "validation"}, "--dataset_split_name validation cannot be loaded"),
+        ({"dataset_split_name": "absent"}, "--dataset_split_name absent cannot be loaded: it has the splits train, t"),
         ({"dataset_name": ROOT / "pyproject.toml"}, "(?s)is a file, and none named .parquet.*Accepted: a Hub"),
         ({"image_columns": ["jpg_0", "caption"]}, "--image_columns caption holds string, not encoded images"),
         ({"human_label_column": "caption"}, "--human_label_column caption holds string, not numbers"),
@@ -234,14 +221,6 @@ def test_data_without_rows_captions_or_images(rows, columns, message, tmp_path):
     pq.write_table(table, tmp_path / "pairs.parquet")
     with pytest.raises(UserError, match=message):
         relabel(dataset_name=tmp_path / "pairs.parquet", output_path=tmp_path / "labels.parquet")
-
-
-def test_a_mistake_is_the_last_thing_on_the_screen(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["relabel_pickapic.py", "--dataset_name", "pairs", "--output_path", "labels.csv"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(ROOT / "relabel_pickapic.py", run_name="__main__")
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "relabel_pickapic.py: --output_path must end in .parquet, got labels.csv.\n"
 
 
 def test_what_is_there_is_never_overwritten(few, tmp_path):
@@ -325,14 +304,11 @@ def test_images_and_captions_that_are_damaged_or_missing(tmp_path):
     image = decode_image(pq.read_table(TINY / "pairs" / "test.parquet")["jpg_0"][0].as_py())
     exif = Image.Exif()
     exif[0x0112] = 6
-    whole, long = encoded(image, "PNG"), "word " * 200
-    bad = {
-        "cut": whole[:-99],
-        "empty": b"",
-        "null": None,
-        "text": b"an essay",
-        "huge": encoded(Image.new("1", (8000, 8000)), "PNG"),
-    }
+    whole, long = encoded(image), "word " * 200
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    Image.open(io.BytesIO(script))  # Pillow alone would have Ghostscript run it
+    bad = {"cut": whole[:-99], "empty": b"", "null": None, "text": b"an essay", "script": script}
+    bad["huge"] = encoded(Image.new("1", (8000, 8000)))
     images = {"whole": whole, "turned": encoded(image.rotate(90, expand=True), "PNG", exif=exif), **bad}
     rows = [(data, whole, "a large red circle", name, "same") for name, data in images.items()]
     rows += [(whole, whole, caption, f"caption {caption}", "same") for caption in (None, "", long)]
@@ -346,11 +322,14 @@ def test_images_and_captions_that_are_damaged_or_missing(tmp_path):
         assert row["score_0"] is None and row["soft_label_0"] is None and not row["valid"]
         assert row["score_1"] is not None and row["invalid_reason"].startswith("image 0: not a readable image (")
     assert "8000 x 8000 pixels, more than 50,000,000" in rows["huge"]["invalid_reason"]
+    assert "UnidentifiedImageError" in rows["script"]["invalid_reason"]
     assert rows["caption None"]["invalid_reason"] == "no caption" and rows["caption None"]["score_1"] is None
     assert rows["caption "]["valid"] and rows["whole"]["valid"] and rows["whole"]["invalid_reason"] is None
     metadata = metadata_of(tmp_path / "labels.parquet")
-    assert metadata["invalid"] == {"no caption": 1, "not a readable image": 5, "not finite": 0}
-    assert metadata["num_valid"] == len(rows) - 6
+    assert metadata["invalid"] == {"no caption": 1, "not a readable image": 6, "not finite": 0}
+    assert metadata["num_valid"] == len(rows) - 7
+    with pytest.raises(ValueError, match="not a readable image"):
+        decode_image(7)
 
     model = CLIPModel.from_pretrained(TINY / "pickscore").float()
     processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
@@ -391,7 +370,8 @@ def test_columns_of_other_names_and_images_that_are_only_named(labels_path, tmp_
     pairs = {"a": "image_0_uid", "b": "image_1_uid", "prompt": "caption", "left": "jpg_0", "right": "jpg_1"}
     pairs = {name: [row[column] for row in rows] for name, column in pairs.items()}
     images = {name: [{"bytes": image, "path": None} for image in pairs[name]] for name in ("left", "right")}
-    images["right"][4] = {"bytes": None, "path": "/data/5-right.jpg"}
+    (tmp_path / "5-right.jpg").write_bytes(pairs["right"][4])
+    images["right"][4] = {"bytes": None, "path": str(tmp_path / "5-right.jpg")}
     features = datasets.Features(
         {name: datasets.Image() if name in images else datasets.Value("string") for name in pairs}
     )
@@ -414,49 +394,24 @@ def test_columns_of_other_names_and_images_that_are_only_named(labels_path, tmp_
 # Images
 
 
-def decodes(data):
-    try:
-        return decode_image(data) is not None
-    except ValueError:
-        return False
-
-
-def encoded(image, format, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
 def test_decode_image_in_every_mode():
     red = Image.new("RGB", (8, 6), (255, 0, 0))
     frames = [red, Image.new("RGB", (8, 6), (0, 0, 255))]
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by a quarter
     for data, size in [
-        (encoded(red, "PNG"), (8, 6)),
-        (encoded(red.convert("P"), "PNG"), (8, 6)),
-        (encoded(red.convert("RGBA"), "PNG"), (8, 6)),
+        (encoded(red), (8, 6)),
+        (encoded(red.convert("P")), (8, 6)),
+        (encoded(red.convert("RGBA")), (8, 6)),
         (encoded(red, "WEBP", save_all=True, append_images=frames[1:], lossless=True), (8, 6)),
         (encoded(red.convert("CMYK"), "JPEG", quality=100), (8, 6)),
         (encoded(red, "JPEG", quality=100, exif=exif), (6, 8)),
-        ({"bytes": encoded(red, "PNG"), "path": None}, (8, 6)),
+        ({"bytes": encoded(red), "path": None}, (8, 6)),
     ]:
         image = decode_image(data)
         assert image.mode == "RGB" and image.size == size
         assert np.abs(np.array(image, dtype=int) - [255, 0, 0]).max() <= 3
-    grey = encoded(Image.fromarray(np.full((2, 2), 40_000, dtype=np.uint16)), "PNG")
+    grey = encoded(Image.fromarray(np.full((2, 2), 40_000, dtype=np.uint16)))
     assert decode_image(grey).getpixel((0, 0)) == (155, 155, 155)  # 40,000 / 257
     gone = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
-    assert decode_image(encoded(gone, "PNG")).getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_decode_image_refuses_what_is_no_image():
-    whole = encoded(Image.effect_noise((64, 64), 50), "JPEG")
-    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
-    for data in (None, b"", b"no image", whole[: len(whole) // 2], {"bytes": None, "path": "/no/such.png"}, 7, script):
-        with pytest.raises(ValueError, match="not a readable image"):
-            decode_image(data)
-    Image.open(io.BytesIO(script))  # Pillow alone would have Ghostscript run it
-    side = int(MAX_PIXELS**0.5) + 1
-    with pytest.raises(ValueError, match=f"{side} x {side} pixels, more than 50,000,000"):
-        decode_image(encoded(Image.new("1", (side, side)), "PNG"))
+    assert decode_image(encoded(gone)).getpixel((0, 0)) == (255, 255, 255)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -117,12 +118,8 @@ def test_labels_of_a_published_reward(name, small, tmp_path):
     reward, path = script.REWARDS[name], tmp_path / "labels.parquet"
     pairs = write_pairs(tmp_path / "pairs.parquet")
     relabel(dataset_name=pairs, reward_model=name, output_path=path, dataloader_num_workers=0)
-    assert (
-        script.parse_args(
-            f"--dataset_name x --output_path x.parquet --reward_model {reward.model}".split()
-        ).reward_model
-        == name
-    )
+    args = script.parse_args(f"--dataset_name x --output_path x.parquet --reward_model {reward.model}".split())
+    assert args.reward_model == name
     labels = pq.read_table(path)
     metadata = json.loads(labels.schema.metadata[b"smpo_labels"])
     assert [metadata["reward_model"], metadata["revision"]] == [reward.model, reward.revision]
@@ -150,22 +147,19 @@ def test_an_evaluation_by_all_published_rewards(small, tmp_path):
         scores = script.REWARDS[name].scale * scorer.score(pixels, [row["prompt"] for row in rows])
         np.testing.assert_allclose([float(row[name]) for row in rows], scores, rtol=0, atol=1e-4)
     for pair in pq.read_table(pairs).to_pylist():
-        gap = (
-            (pair["score_0_pickscore"] - pair["score_1_pickscore"]) / 100 / (0.28201571106910706 - 0.11543526500463486)
-        )
-        assert pair["soft_label_0"] == pytest.approx(1 / (1 + np.exp(-gap)), rel=1e-9)
+        gap = (pair["score_0_pickscore"] - pair["score_1_pickscore"]) / 100
+        p_0 = 1 / (1 + np.exp(-gap / (0.28201571106910706 - 0.11543526500463486)))
+        assert pair["soft_label_0"] == pytest.approx(p_0, rel=1e-9)
 
 
 def test_a_published_reward_from_a_folder_or_file(cache, small, tmp_path):
     """NAME=PATH is of NAME's kind: of a file what it goes with is the pinned one, of a folder what lies there."""
-    head = (
-        cache / f"models--{script.AESTHETIC[0].replace('/', '--')}/snapshots/{script.AESTHETIC[1]}/aesthetic-model.pth"
-    )
+    name, commit = script.AESTHETIC
+    head = cache / f"models--{name.replace('/', '--')}" / "snapshots" / commit / "aesthetic-model.pth"
     source = script.find_reward("aesthetic", str(head))
     assert (source["reward_processor"], source["processor_revision"]) == script.CLIP_L
-    shutil.copytree(
-        script.locate_file(*script.CLIP_L[:1], "config.json", script.CLIP_L[1])[0].rsplit("/", 1)[0], tmp_path / "all"
-    )
+    config, _ = script.locate_file(script.CLIP_L[0], "config.json", script.CLIP_L[1])
+    shutil.copytree(Path(config).parent, tmp_path / "all")
     shutil.copy(head, tmp_path / "all")
     whole = script.find_reward("aesthetic", str(tmp_path / "all"))
     assert whole["reward_processor"] == str(tmp_path / "all") and whole["revision"] is None
@@ -182,9 +176,8 @@ def test_a_published_reward_from_a_folder_or_file(cache, small, tmp_path):
 def test_other_weights_are_refused(name, weights, message, small, tmp_path):
     file = tmp_path / script.REWARDS[name].file
     torch.save(weights, file)
-    with pytest.raises(
-        script.UserError, match=f"(?s)--reward_model {re.escape(str(file))} cannot be loaded.*{message}"
-    ):
+    message = f"(?s)--reward_model {re.escape(str(file))} cannot be loaded.*{message}"
+    with pytest.raises(script.UserError, match=message):
         scorer_of(name, file)
 
 

@@ -25,14 +25,9 @@ PAIRS = list(itertools.combinations(SCRIPTS, 2))
 
 # name: why the two training scripts may differ in it
 DIFFERENT_TRAINING = {
-    "PIPELINE": "the model",
-    "PIPELINE_OPTIONS": "the model",
-    "TOKENIZERS": "SDXL has two",
-    "TEXT_ENCODERS": "SDXL has two",
-    "ADDITION_EMBED_TYPE": "the model",
-    "ACCEPTED_MODELS": "the model",
-    "MODEL_LICENSE": "the model",
-    "MODEL_TAG": "the model",
+    **dict.fromkeys(["PIPELINE", "PIPELINE_OPTIONS", "ADDITION_EMBED_TYPE", "ACCEPTED_MODELS"], "the model"),
+    **dict.fromkeys(["MODEL_LICENSE", "MODEL_TAG"], "the model"),
+    **dict.fromkeys(["TOKENIZERS", "TEXT_ENCODERS"], "SDXL has two"),
     "RELEASED_LEVELS": "published: 5 and 10",
     "VAE_BATCH_SIZE": "an image of 1024 pixels is four of 512, and in fp32",
     "parse_args": "the description and the defaults of DIFFERENT_TRAINING_FLAGS",
@@ -42,8 +37,7 @@ DIFFERENT_TRAINING = {
 }
 # name: why any other two scripts that have it may differ
 DIFFERENT_NAMES = {
-    "parse_args": "each script has flags of its own",
-    "resolve": "each script has flags of its own",
+    **dict.fromkeys(["parse_args", "resolve"], "each script has flags of its own"),
     "main": "each script does something else",
 }
 # (flag, property): why
@@ -131,14 +125,11 @@ def type_of(action):
 
 def flags(script):
     """`{flag: its properties}` of a script's parser."""
+    keys = "choices help default nargs required option_strings".split()
     return {
-        action.dest: {
-            "type": type_of(action), "choices": action.choices, "help": action.help,
-            "default": action.default, "nargs": action.nargs, "required": action.required,
-            "names": action.option_strings,
-        }
+        action.dest: {"type": type_of(action), **{key: getattr(action, key) for key in keys}}
         for action in script_parser(script)._actions
-    }  # fmt: skip
+    }
 
 
 def may_differ(first, second):

@@ -14,16 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import (
-    ROOT,
-    TINY,
-    names_in,
-    process_restored,
-    train,
-    train_flags,
-    unet_weights,
-    write_pairs,
-)
+from conftest import ROOT, TINY, encoded, names_in, process_restored, train, train_flags, unet_weights, write_pairs
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -39,7 +30,6 @@ from train_smpo_sd15 import (
     prepare_pair,
     select_pairs,
     shuffled_keys,
-    smpo_loss,
 )
 
 
@@ -270,9 +260,6 @@ def test_ties_and_pairs_without_a_label_are_left_out(load, tmp_path, caplog):
     assert "8 pairs: 1 without a label, 1 labelled 0.5 and 1 human ties are left out, 5 remain." in caplog.text
 
 
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-
-
 @pytest.mark.parametrize(
     "columns, flags, message",
     [
@@ -291,11 +278,8 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
         ({}, {"validation_split": "test"}, "--validation_split test cannot .* is one split"),
         ({}, {"labels_path": __file__}, "--labels_path .*test_train.py cannot be loaded: .*whole files of relabel"),
         ({}, {"train_batch_size": 50}, "--train_batch_size 50 on 1 processes needs 50 pairs"),
-        ({}, {"pretrained_model_name_or_path": "no/such"}, "--pretrained_model_name_or_path no/such cannot be loaded"),
         ({}, {"pretrained_unet_model_name_or_path": "/no"}, "--pretrained_unet_model_name_or_path /no cannot be load"),
         ({}, {"rank": 2, "lora_layers": "to_x"}, "--lora_layers to_x .*not found"),
-        ({}, {"num_inversion_steps": 2000}, "num_inversion_steps must be in 1..1000, got 2000"),
-        pytest.param({}, {"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU", marks=NO_GPU),
     ],
 )
 def test_bad_data_is_named(columns, flags, message, tmp_path):
@@ -320,20 +304,15 @@ def test_what_cannot_be_written_to_or_has_no_words_is_named(tmp_path):
         ({"noising": "ddim", "renoise_at": "last_move"}, "--renoise_at does nothing without --noising renoise"),
         ({"noising": "forward", "num_inversion_steps": 9}, "--num_inversion_steps does nothing without another --noi"),
         ({"use_8bit_adam": True, "optimizer": "adafactor"}, "--use_8bit_adam does nothing without --optimizer adamw"),
-        (
-            {"lr_scheduler": "constant", "lr_warmup_steps": 3},
-            "--lr_warmup_steps does nothing without another --lr_sch",
-        ),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 3}, "--lr_warmup_steps does nothing without another --lr"),
         ({"hub_model_id": "a/b", "hub_public": True}, "--hub_model_id does nothing.*\n--hub_public does nothing"),
         ({"key_columns": ["a"]}, "--key_columns takes 2 or 3 columns, got a"),
         ({"image_columns": ["a", "a"]}, "--image_columns takes two different columns, got a a"),
         ({"validation_prompts": ["a"] * 33}, "--validation_prompts has 33 prompts, more than 32 for a picture"),
-        (
-            {"labels_path": "/no/labels.parquet", "resume_from_checkpoint": "/no/checkpoint-3"},
-            "--labels_path /no/labels.parquet is not a file.*\n.* is not an existing folder named checkpoint-STEP",
-        ),
+        ({"labels_path": "/no.parquet", "resume_from_checkpoint": "/no/checkpoint-3"},
+         "--labels_path /no.parquet is not a file.*\n.* is not an existing folder named checkpoint-STEP"),
     ],
-)
+)  # fmt: skip
 def test_bad_flags_are_all_named_at_once(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         parse_args(train_flags(tmp_path / "out", **{"num_inversion_steps": None, **flags}))
@@ -462,40 +441,10 @@ def test_the_middle_of_a_picture_keeps_its_shape():
     assert (bright.min(dim=0).values - 16).abs().max() <= 1 and (bright.max(dim=0).values - 31).abs().max() <= 1
 
 
-def test_loss_of_the_batch_is_the_mean_over_micro_batches():
-    errors = torch.rand(8, generator=torch.Generator().manual_seed(0))
-    p_0 = torch.tensor([0.2, 0.9, 0.6, 0.4])
-    whole = smpo_loss(errors, errors.flip(0), p_0, 20, 3)[0]
-    parts = [smpo_loss(errors[[i, i + 4]], errors.flip(0)[[i, i + 4]], p_0[i : i + 1], 20, 3)[0] for i in range(4)]
-    torch.testing.assert_close(whole, torch.stack(parts).mean())
-
-
-def test_pictures_are_read_as_they_are(tmp_path):
-    """8-bit levels survive `cut_square` at the native size; of 16 bits the upper eight are left."""
-    noise = Image.effect_noise((64, 64), 80)
-    np.testing.assert_array_equal(
-        cut_square(noise.convert("RGB"), 64, False).permute(1, 2, 0), np.array(noise.convert("RGB"))
-    )
-    deep = Image.fromarray(np.asarray(noise).astype(np.uint16) * 257)
-    np.testing.assert_array_equal(np.asarray(decode_image(encoded(deep)))[..., 0], np.asarray(noise))
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def test_a_data_set_cannot_reach_other_files_or_programs(tmp_path):
-    """PostScript, which Pillow hands to Ghostscript; files, whose paths a row might name; pictures that fill the
-    memory."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
-    with pytest.raises(ValueError, match="only a path, image.png"):
-        decode_image({"bytes": None, "path": str(tmp_path / "image.png")})
-    with pytest.raises(ValueError, match="UnidentifiedImageError"):
-        decode_image(encoded(Image.new("RGB", (8, 8)), "EPS"))
-    with pytest.raises(ValueError, match="10000 x 5001 pixels, more than 50,000,000"):
-        decode_image(encoded(Image.new("L", (10_000, 5_001))))
+def test_pictures_are_read_as_they_are():
+    """8-bit levels survive `cut_square` at the native size."""
+    noise = Image.effect_noise((64, 64), 80).convert("RGB")
+    np.testing.assert_array_equal(cut_square(noise, 64, False).permute(1, 2, 0), np.array(noise))
 
 
 def test_a_photograph_is_decoded_no_larger_than_needed_and_a_thumbnail_told_of():

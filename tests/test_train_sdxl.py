@@ -9,7 +9,6 @@ import re
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -22,15 +21,7 @@ from test_speed import FLOAT64_RTOL, in_float64, make_run, pop_gradient
 import diffusers
 import train_smpo_sd15
 import train_smpo_sdxl
-from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionXLControlNetPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 
 PROMPT = "a large red circle"
@@ -82,32 +73,10 @@ def change_json(path, **values):
     )
 
 
-def draw_with_controlnet(folder, lora=None):
-    """A picture of the ControlNet pipeline on `folder`, steered by a ControlNet of random weights for its UNet."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    torch.manual_seed(0)
-    controlnet = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
-    for block in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
-        torch.nn.init.normal_(block.weight, std=0.1)
-    pipeline = StableDiffusionXLControlNetPipeline(**pipeline.components, controlnet=controlnet)
-    if lora is not None:
-        pipeline.load_lora_weights(lora, weight_name=train_smpo_sdxl.LORA_FILE)
-    pipeline.set_progress_bar_config(disable=True)
-    canny = Image.effect_noise((64, 64), 100).convert("RGB")
-    generator = torch.Generator().manual_seed(0)
-    images = pipeline(PROMPT, image=canny, num_inference_steps=1, height=64, width=64, generator=generator).images
-    return np.asarray(images[0])
-
-
-@pytest.fixture(scope="module")
-def base_picture(sdxl):
-    return draw_with_controlnet(sdxl)
-
-
 # What a run writes, and who can read it
 
 
-def test_full_fine_tuning(full_run, sdxl, base_picture):
+def test_full_fine_tuning(full_run, sdxl):
     folder, logs = full_run
     # Policy and reference see each of the step's two micro-batches in its own shape: what is left is logsigmoid(0).
     assert logs["loss"][0] == pytest.approx(math.log(2), abs=1e-6) and logs["loss"][1] != logs["loss"][0]
@@ -119,7 +88,8 @@ def test_full_fine_tuning(full_run, sdxl, base_picture):
     assert not [name for name in before if torch.equal(before[name], after[name])]  # every parameter has moved
     assert all(torch.equal(saved[name], after[name]) for name in after)
     assert Image.open(folder / "validation" / "step-2.png").width == 2 * train_smpo_sdxl.THUMBNAIL
-    assert (base_picture != draw_with_controlnet(folder)).any()
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    assert pipeline(PROMPT, num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)
 
     card = (folder / "README.md").read_text()
     assert "StableDiffusionXLPipeline" in card and "openrail++" in card and "stable-diffusion-xl" in card
@@ -134,24 +104,14 @@ def test_the_saved_unet_is_the_published_one_but_for_widths_and_depths(full_run)
     saved = unet_weights(full_run[0])
     assert saved.keys() < real.state_dict().keys()
     assert {name: value.shape for name, value in saved.items()} == {n: v.shape for n, v in small.state_dict().items()}
-    config = json.loads((full_run[0] / "unet" / "config.json").read_text())
-    widths = {key: real.config[key] for key in real.config if key[0] != "_" and real.config[key] != small.config[key]}
-    assert set(widths) == {
-        "block_out_channels", "attention_head_dim", "cross_attention_dim", "addition_time_embed_dim", "sample_size",
-        "projection_class_embeddings_input_dim", "norm_num_groups", "transformer_layers_per_block",
-    }  # fmt: skip
-    with torch.device("meta"):
-        widened = UNet2DConditionModel.from_config({**config, **widths})
-    assert {n: v.shape for n, v in widened.state_dict().items()} == {n: v.shape for n, v in real.state_dict().items()}
 
 
-def test_lora(lora_run, sdxl, base_picture, tmp_path):
+def test_lora(lora_run, sdxl, tmp_path):
     """The saved LoRA, loaded by diffusers, is the policy; on the published UNet it has 1,120 of the same names."""
     folder, logs, _ = lora_run
     assert logs["loss"][0] == pytest.approx(math.log(2), abs=1e-6) and logs["loss"][1] != logs["loss"][0]
     weights = load_file(folder / train_smpo_sdxl.LORA_FILE)
     assert all(value.any() and value.dtype == torch.float32 for value in weights.values())
-    assert (base_picture != draw_with_controlnet(sdxl, lora=folder)).any()
     layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     update = 8 / 4 * weights[f"unet.{layer}.lora.up.weight"] @ weights[f"unet.{layer}.lora.down.weight"]
     fused = fused_unet(train_smpo_sdxl, sdxl, folder, train_smpo_sdxl.LORA_FILE)[f"{layer}.weight"]
@@ -328,7 +288,7 @@ def test_other_schedules(tmp_path, sdxl):
     "script, path, values, message",
     [
         ("sdxl", "model_index.json", {"text_encoder": [None, None], "tokenizer": [None, None]},
-         "no tokenizer and no text_encoder.*not its refiner"),
+         "no tokenizer and no text_encoder.*not its refiner; for SD1.5 there is train_smpo_sd15.py"),
         ("sdxl", "unet/config.json", {"time_cond_proj_dim": 256}, "takes the guidance scale as an input"),
         ("sdxl", "unet/config.json", {"in_channels": 9}, "takes 9 channels and the VAE has 4.*inpainting"),
         ("sdxl", "unet/config.json", {"_class_name": "UNet3DConditionModel"}, "its unet is a UNet3DConditionModel"),
@@ -336,7 +296,6 @@ def test_other_schedules(tmp_path, sdxl):
          "its scheduler is a EDMEulerScheduler.*noise schedule of betas"),
         ("sdxl", "scheduler/scheduler_config.json", {"prediction_type": "sample"},
          "prediction_type sample, not epsilon or v_prediction"),
-        ("sd15", "unet/config.json", {"in_channels": 8}, "takes 8 channels and the VAE has 4"),
         ("sd15", "unet/config.json", {"addition_embed_type": "text_time"},
          "addition_embed_type text_time.*for SDXL there is train_smpo_sdxl.py"),
         ("sd15", "scheduler/scheduler_config.json",
@@ -353,15 +312,6 @@ def test_models_it_is_not_made_for_are_refused_before_weights_are_loaded(
     change_json(folder / path, **values)
     with pytest.raises(script.UserError, match=re.compile(message, re.S)):
         train(tmp_path / "out", script, pretrained_model_name_or_path=folder, label_column="label_0")
-
-
-def test_each_script_sends_the_other_s_models_there(tmp_path, sdxl):
-    with pytest.raises(
-        ValueError, match="(?s)no tokenizer_2 and no text_encoder_2.*for SD1.5 there is train_smpo_sd15.py"
-    ):
-        train_sdxl(tmp_path, TINY / "sd15")
-    with pytest.raises(ValueError, match="(?s)addition_embed_type text_time.*for SDXL there is train_smpo_sdxl.py"):
-        train(tmp_path, pretrained_model_name_or_path=sdxl)
 
 
 class AsVelocity(torch.nn.Module):

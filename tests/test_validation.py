@@ -118,11 +118,7 @@ def test_the_card_says_what_the_hub_reads_and_no_local_path(tmp_path):
     "flags, message",
     [
         ({"validation_split": "1.5"}, "--validation_split 1.5 cannot be loaded"),
-        (
-            {"validation_split": "0.1", "streaming": True},
-            "--validation_split with a share does not go with --streaming",
-        ),
-        ({"validation_split": "none"}, "--validation_split none cannot be loaded"),
+        ({"validation_split": "0.1", "streaming": True}, "_split with a share does not go with --streaming"),
         ({"validation_split": "0.001", "train_batch_size": 64}, "needs 64 pairs, and --validation_split 0.001 has"),
         ({"validation_prompts": "none.txt"}, "--validation_prompts none.txt is no text file in UTF-8"),
         ({"validation_prompts": "latin.txt"}, "--validation_prompts latin.txt is no text file in UTF-8"),

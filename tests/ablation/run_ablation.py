@@ -135,18 +135,10 @@ class Lab:
 
     def run(self, part, name, seed, learning_rate, pairs, prompts):
         """One training run, into `runs.csv`."""
-        row, (pairs_per_step, evaluated, _) = (
-            dataclasses.replace(ROWS[name], learning_rate=learning_rate),
-            self.settings,
-        )
-        about = {
-            "part": part,
-            "name": name,
-            "pairs": pairs,
-            "seed": seed,
-            "pairs_per_step": pairs_per_step,
-            **vars(row),
-        }
+        row = dataclasses.replace(ROWS[name], learning_rate=learning_rate)
+        pairs_per_step, evaluated, _ = self.settings
+        about = {"part": part, "name": name, "pairs": pairs, "seed": seed, "pairs_per_step": pairs_per_step}
+        about |= vars(row)
         self.record(
             self.results / "runs.csv", about, prompts, evaluated,
             lambda: train(self.bed, row, self.pairs(pairs), seed, pairs_per_step, evaluated[-1]),

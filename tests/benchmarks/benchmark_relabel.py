@@ -1,17 +1,4 @@
-# coding=utf-8
-# Copyright 2026 The SmPO-Diffusion reference implementation authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# Copyright 2026 The SmPO-Diffusion reference implementation authors. Licensed under the Apache License, Version 2.0.
 """Speed and memory of relabel_pickapic.py on pairs and with reward models that are made up on the spot.
 
     python tests/benchmarks/benchmark_relabel.py speed --model clip-h --size 768 --num_pairs 4096   # on a GPU
@@ -65,15 +52,8 @@ def write_model(folder, kind):
     processor.image_processor = CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224)
     processor.save_pretrained(folder)
     *towers, projection_dim, patch_size = MODELS[kind]
-    vision, text = (
-        {
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-        }
-        for width, layers, heads in towers
-    )
+    names = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
+    vision, text = (dict(zip(names, (*tower, 4 * tower[0]))) for tower in towers)
     vision |= {"image_size": 224, "patch_size": patch_size}
     text = {**CLIPConfig.from_pretrained(TINY / "pickscore").text_config.to_dict(), **text}
     torch.manual_seed(0)

@@ -21,8 +21,6 @@ large product in the same precision reaches here; TFLOP are counted by PyTorch, 
 
 import argparse
 import time
-from collections import defaultdict
-from contextlib import ExitStack
 from statistics import median
 from unittest import mock
 
@@ -39,11 +37,10 @@ import diffusers
 
 
 PAIRS_A_STEP = 128  # of one GPU in the published recipe
-NUM_PHOTOS = COMPARED_PAIRS = 16
+NUM_PHOTOS = 16
 TIME_LIMIT = 400  # seconds after which no row is begun
-PHASES = ["data", "VAE", "text", "inversion", "reference", "policy", "optimiser"]
 COLUMNS = ["case", "how", "pairs a micro-batch", "pairs/s", "ratio", "UNet forwards a pair", "UNet calls a pair"]
-COLUMNS += ["TFLOP/s", "of the matrix rate", "GiB", *PHASES]
+COLUMNS += ["TFLOP/s", "of the matrix rate", "GiB"]
 SDXL_LORA = ["--rank", "16", "--gradient_checkpointing", "--optimizer", "adamw"]
 # kind of network, pixels, flags
 CASES = {
@@ -58,31 +55,6 @@ CASES = {
 }
 MATRICES = {"cuda": (8192, 20), "cpu": (1536, 4)}  # side, number
 REPEATS = {"cuda": 1, "cpu": 3}  # the median is taken, as CPUs have other things to do
-
-
-class Clock:
-    """Seconds spent in each phase; a phase within another one is not counted twice."""
-
-    def __init__(self):
-        self.seconds, self.phases, self.since = defaultdict(float), ["rest"], time.perf_counter()
-
-    def switch(self):
-        synchronise()
-        now = time.perf_counter()
-        self.seconds[self.phases[-1]] += now - self.since
-        self.since = now
-
-    def timed(self, phase, function):
-        def wrapper(*args, **kwargs):
-            self.switch()
-            self.phases.append(phase)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.switch()
-                self.phases.pop()
-
-        return wrapper
 
 
 def synchronise():
@@ -139,7 +111,7 @@ class Run:
     def steps(self, args, num_pairs, released=False):
         """A function that takes the next `num_pairs` pairs to their gradients, and returns the sum of the losses.
 
-        It looks its parts up when it runs, so that they may be replaced to be timed or counted.
+        It looks its parts up when it runs, so that they may be replaced to be counted.
         """
 
         def autocast():
@@ -149,12 +121,12 @@ class Run:
         context = self.script.Context(self.models, self.alpha_bar, "epsilon", autocast, args)
         batches = self.batches(args, num_pairs)
 
-        def take(fetch=next, backward=torch.Tensor.backward):
+        def take():
             left, total = num_pairs, 0.0
             while left > 0:
-                for micro_batch in self.script.invert_and_judge(fetch(batches), context):
+                for micro_batch in self.script.invert_and_judge(next(batches), context):
                     loss, _ = self.script.training_step(micro_batch, context)
-                    backward(loss / PAIRS_A_STEP)
+                    (loss / PAIRS_A_STEP).backward()
                     total += float(loss) if released else loss.detach()
                     left -= args.train_batch_size
             return float(total)
@@ -188,14 +160,6 @@ class Run:
         take()  # once more: kernels are chosen, memory is there
         pair_seconds = median_seconds(take, repeats) / num_pairs
         optimiser_seconds = median_seconds(optimiser_step, repeats)
-        clock, phases = Clock(), {"encode_images": "VAE", "encode_prompts": "text", "invert": "inversion"}
-        phases |= {"invert_and_judge": "reference", "training_step": "policy"}
-        with ExitStack() as stack:
-            for name, phase in phases.items():
-                stack.enter_context(mock.patch.object(script, name, clock.timed(phase, getattr(script, name))))
-            take(clock.timed("data", next), clock.timed("policy", torch.Tensor.backward))
-            clock.timed("optimiser", optimiser_step)()
-        clock.seconds["optimiser"] *= num_pairs / PAIRS_A_STEP
         pairs_per_second = PAIRS_A_STEP / (PAIRS_A_STEP * pair_seconds + optimiser_seconds)
         return {
             "pairs/s": pairs_per_second,
@@ -203,26 +167,7 @@ class Run:
             "UNet calls a pair": sum(map(len, calls.values())) / num_pairs,
             "TFLOP/s": flops.get_total_flops() / num_pairs * pairs_per_second / 1e12,
             "GiB": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
-            **{phase: clock.seconds[phase] / sum(clock.seconds.values()) for phase in PHASES},
         }
-
-
-def compare_precisions():
-    """How far loss and gradient in bf16, as trained, are from one pair at a time in fp32, on the trained tiny model.
-
-    The policy is the reference and some noise. Returns the loss's relative difference and the gradients' cosine.
-    """
-    results = []
-    for dtype, inversion_batch_size in ((torch.float32, 1), (torch.bfloat16, COMPARED_PAIRS)):
-        run, generator = Run("tiny-full", dtype), torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in run.parameters:
-                parameter += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
-        _, args = run.parse(1, "--inversion_batch_size", inversion_batch_size, "--beta_dpo", 200)
-        loss = run.steps(args, COMPARED_PAIRS)()
-        results.append((loss, torch.cat([parameter.grad.flatten().double() for parameter in run.parameters])))
-    (loss, gradient), (half_loss, half_gradient) = results
-    return abs(half_loss / loss - 1), torch.cosine_similarity(gradient, half_gradient, dim=0).item()
 
 
 def plan_of(case, args):
@@ -251,12 +196,11 @@ def main(input_args=None):
     args = parser.parse_args(input_args)
     start, device = time.perf_counter(), PartialState().device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rate, (loss_difference, cosine) = matrix_rate(device, dtype), compare_precisions()
+    rate = matrix_rate(device, dtype)
     print(
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'};"
         f" torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__};"
-        f" matrix products in {dtype} reach {rate / 1e12:.3g} TFLOP/s. bf16, as trained, against fp32, one pair at a"
-        f" time, on the trained tiny model: loss off by {loss_difference:.1e}, cosine of the gradients {cosine:.4f}."
+        f" matrix products in {dtype} reach {rate / 1e12:.3g} TFLOP/s."
     )
     print(f"\n| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|", flush=True)
     rows = []
@@ -275,7 +219,7 @@ def main(input_args=None):
             except torch.OutOfMemoryError:
                 row["GiB"] = "OOM"
             rows.append(row)
-            formats = {column: ".0%" if column in ("of the matrix rate", *PHASES) else ".2f" for column in COLUMNS}
+            formats = dict.fromkeys(COLUMNS, ".2f") | {"of the matrix rate": ".0%"}
             cells = [format(v, formats[c]) if isinstance(v := row.get(c), float) else str(v or "") for c in COLUMNS]
             print(f"| {' | '.join(cells)} |", flush=True)
         del run

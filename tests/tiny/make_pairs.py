@@ -34,29 +34,14 @@ IMAGES_PER_PROMPT = 3
 SOURCES = ["render-faithful", "render-careless", "tiny-early", "tiny-early-guided"]
 DAMAGED = [b"", b"no image at all", "truncated", "truncated", None]  # jpg_0 of the extra rows at the end of train
 TIE_MARGIN = 0.7  # a judge's gap below it is a tie
-SCHEMA = pa.schema(
-    [
-        ("are_different", pa.bool_()),
-        ("best_image_uid", pa.string()),
-        ("caption", pa.string()),
-        ("created_at", pa.timestamp("ns")),
-        ("has_label", pa.bool_()),
-        ("image_0_uid", pa.string()),
-        ("image_0_url", pa.string()),
-        ("image_1_uid", pa.string()),
-        ("image_1_url", pa.string()),
-        ("jpg_0", pa.binary()),
-        ("jpg_1", pa.binary()),
-        ("label_0", pa.float64()),
-        ("label_1", pa.float64()),
-        ("model_0", pa.string()),
-        ("model_1", pa.string()),
-        ("ranking_id", pa.int64()),
-        ("user_id", pa.int64()),
-        ("num_example_per_prompt", pa.int64()),
-        ("__index_level_0__", pa.int64()),
-    ]
-)
+SCHEMA = pa.schema({
+    "are_different": pa.bool_(), "best_image_uid": pa.string(), "caption": pa.string(),
+    "created_at": pa.timestamp("ns"), "has_label": pa.bool_(), "image_0_uid": pa.string(),
+    "image_0_url": pa.string(), "image_1_uid": pa.string(), "image_1_url": pa.string(), "jpg_0": pa.binary(),
+    "jpg_1": pa.binary(), "label_0": pa.float64(), "label_1": pa.float64(), "model_0": pa.string(),
+    "model_1": pa.string(), "ranking_id": pa.int64(), "user_id": pa.int64(), "num_example_per_prompt": pa.int64(),
+    "__index_level_0__": pa.int64(),
+})  # fmt: skip
 
 
 def draw(source, scenes, pipeline, generator):
