@@ -341,6 +341,12 @@ def test_a_number_that_is_none_is_named(flag, value, accepted, tmp_path, capsys)
     assert re.search(rf"argument --{flag}: (must be )?{accepted}.*(, got {value}|from.)\n$", capsys.readouterr().err)
 
 
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_smpo_sd15.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--report_to trackio needs more: pip install -U accelerate trackio."):
+        parse_args(train_flags(tmp_path, report_to="trackio"))
+
+
 def test_a_mistake_does_not_tell_a_password(tmp_path):
     with pytest.raises(ValueError, match="--dataset_name https://host/pairs.parquet ") as error:
         train(tmp_path / "out", dataset_name="https://me:secret@host/pairs.parquet", label_column="label_0")
