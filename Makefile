@@ -6,6 +6,7 @@ DEMO := demo
 TRAIN_SEED ?= 0
 IMAGE_SEED ?= 0
 TRAIN_FLAGS ?=
+EVALUATE_FLAGS ?=
 SOURCES := *.py tests
 PROSE := *.md docs Makefile pyproject.toml .ci .github
 UPSTREAM := relabel_pickapic.py train_smpo_sd15.py train_smpo_sdxl.py evaluate_smpo.py requirements.txt \
@@ -45,7 +46,7 @@ demo: install  ## labels, training and verdict on the tiny model of tests/tiny
 	$(BIN)/python evaluate_smpo.py --pretrained_model_name_or_path $(TINY)/sd15 --models smpo=$(DEMO)/smpo \
 		--prompts_path $(TINY)/pairs/test.parquet --reward_model $(TINY)/pickscore --resolution 64 \
 		--num_images_per_prompt 4 --num_inference_steps 25 --guidance_scale 1 --batch_size 64 \
-		--seed $(IMAGE_SEED) --output_dir $(DEMO)/evaluation
+		--seed $(IMAGE_SEED) --output_dir $(DEMO)/evaluation $(EVALUATE_FLAGS)
 
 # With the least capable kernels that PyTorch has: a test that leans on those of one processor fails here or there.
 test: export ATEN_CPU_CAPABILITY ?= default
