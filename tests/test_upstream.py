@@ -1,10 +1,12 @@
 """`make upstream` copies a folder that passes the rules of the diffusers repository on its own."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
@@ -139,7 +141,8 @@ def test_readme_command_lines_parse(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_its_own_tests(folder, tmp_path):
-    """Each script under `accelerate launch` on models that the tests make, some five minutes on two cores."""
+def test_its_own_tests(folder, tmp_path, monkeypatch):
+    """Each script under `accelerate launch` on models that the tests make, some minutes on two cores."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # the environment's accelerate
     output = run_script("-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", tmp_path, folder / TESTS, cwd=folder)
     assert re.search(r"^3 passed", output, re.M)

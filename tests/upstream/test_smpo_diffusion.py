@@ -151,7 +151,7 @@ class SmPODiffusion(unittest.TestCase):
 
     def test_labels_training_and_evaluation(self):
         self.run_script(
-            "relabel_pickapic.py", "--dataset_name pairs.parquet --reward_model clip --output_path labels.parquet"
+            "relabel_pickapic.py", "--dataset_name pairs.parquet --reward_model tiny=clip --output_path labels.parquet"
         )
         labels = pq.read_table(self.folder / "labels.parquet")
         self.assertEqual(labels["valid"].to_pylist(), [True] * 8)
@@ -169,7 +169,7 @@ class SmPODiffusion(unittest.TestCase):
         self.run_script(
             "evaluate_smpo.py",
             """
-            --pretrained_model_name_or_path sd15 --models smpo=full --prompts_path pairs.parquet --reward_model clip
+            --pretrained_model_name_or_path sd15 --models smpo=full --prompts_path pairs.parquet --reward_model tiny=clip
             --resolution 64 --num_inference_steps 2 --max_prompts 4 --output_dir evaluation
             """,
         )
