@@ -498,7 +498,8 @@ def test_tables_of_a_small_csv(tmp_path):
     about = {"part": "calm", "pairs": "foreign", "prompts": "report", **vars(Row())}
     rows = [{"part": "base", "prompts": "report", "seed": s, "step": 0, "reward": 40.0 + s, "judge": -6.0}
             for s in range(3)]  # fmt: skip
-    for name, gains in {"forward_soft": [3, 6, 9], "ddim_soft": [2, 4, 6], "last_soft": [1, 2, 3]}.items():
+    gains_of = {"forward_soft": [3, 6, 9], "ddim_soft": [2, 4, 6], "last_soft": [1, 2, 3], "forward_hard": [2, 4, 6]}
+    for name, gains in gains_of.items():
         for seed, gain in enumerate(gains):
             scores = {"reward": 40.0 + seed + gain, "judge": -6.0 + 2 * gain, "accuracy": 0.5, "diversity": 0.2}
             row = {**about, "name": name, "seed": seed, "unet_calls": 100, **scores, "distance": 0.1}
@@ -515,12 +516,18 @@ def test_tables_of_a_small_csv(tmp_path):
     assert f"\n| ReNoise, last of 9 moves, soft | 5e-05 | 8 | 100 | {gains} | {scores} | 3 |\n" in text
     p = make_tables.two_sided_p(2 * 3**0.5, 2)  # all differences have a mean of twice their standard deviation
     ddim, forward = text.split("**Foreign pairs, equal steps**")[1].split("\n")[4:6]
-    assert f"DDIM, 9 moves, soft, over the paper's | +2.00 ± {half:.2f} | {p:.3f} | {2 * p:.3f} | +4.00 " in ddim
-    assert f"| +4.00 ± {2 * half:.2f} | {p:.3f} | {2 * p:.3f} | +8.00 " in forward
+    assert f"DDIM, 9 moves, soft, over the paper's | +2.00 ± {half:.2f} | {p:.3f} | {3 * p:.3f} | +4.00 " in ddim
+    assert f"| +4.00 ± {2 * half:.2f} | {p:.3f} | {3 * p:.3f} | +8.00 " in forward
+    assert f"forward (Diffusion-DPO), soft, over hard | +2.00 ± {half:.2f} | {p:.3f} | {p:.3f} | +4.00 " in text
     assert "last of 9 moves, soft, 4 steps, over forward (Diffusion-DPO), soft, 8 steps | -4.00 ± " in text
     runs = make_tables.read_runs(tmp_path / "runs.csv")
     two_seeds = make_tables.calm_tables(runs[runs["seed"] < 2])
-    assert "±" not in two_seeds and "equal" not in two_seeds and "| +1.50 | +3.00 |" in two_seeds
+    assert (
+        "±" not in two_seeds
+        and "equal" not in two_seeds
+        and "over hard" not in two_seeds
+        and "| +1.50 | +3.00 |" in two_seeds
+    )
 
 
 def calm_runs(pairs, gains, num_seeds=10):

@@ -133,6 +133,17 @@ def over(runs, name, step, steps):
     return differences(groups, runs[(runs["name"] == name) & (runs["step"] == step)])
 
 
+def smoothed_over_hard(runs, step):
+    """What smoothed labels have gained over hard ones after `step` steps, noising by noising."""
+    of_row = dict(list(runs[runs["step"] == step].groupby("name")))
+    names = [
+        (f"{name}_soft", f"{name}_hard") for name in NOISINGS if of_row.keys() >= {f"{name}_soft", f"{name}_hard"}
+    ]
+    found = [differences({soft: of_row[soft]}, of_row[hard]) for soft, hard in names]
+    found = pd.concat([differences({}, runs), *found])
+    return found.assign(holm=holm(found["p"]), judge_holm=holm(found["judge_p"]))
+
+
 def rule(runs):
     """What the rule for the default (README.md) says of every row that may become it, and which one does, as Markdown.
 
@@ -220,6 +231,7 @@ def calm_tables(runs):
         tables |= {
             f"{pairs} pairs": results_table(same),
             f"{pairs} pairs, equal steps": comparison_table(over(same, PAPER, last, last), "{}, over the paper's"),
+            f"{pairs} pairs, over hard labels": comparison_table(smoothed_over_hard(same, last), "{}, over hard"),
             f"{pairs} pairs, about equal UNet calls": comparison_table(over(same, CHEAPEST, last, first), cheapest),
             f"{pairs} pairs, rate and step by the tuning prompts": results_table(tuned) if len(tuned) else None,
         }
