@@ -169,8 +169,8 @@ class SmPODiffusion(unittest.TestCase):
         self.run_script(
             "evaluate_smpo.py",
             """
-            --pretrained_model_name_or_path sd15 --models smpo=full --prompts_path pairs.parquet --reward_model tiny=clip
-            --resolution 64 --num_inference_steps 2 --max_prompts 4 --output_dir evaluation
+            --pretrained_model_name_or_path sd15 --models smpo=full --prompts_path pairs.parquet
+            --reward_model tiny=clip --resolution 64 --num_inference_steps 2 --max_prompts 4 --output_dir evaluation
             """,
         )
         results = json.loads((self.folder / "evaluation" / "results.json").read_text())["results"]
