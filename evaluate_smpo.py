@@ -1173,9 +1173,9 @@ def resolve(args):
         problems.append(f"--pairs_path {pairs} must end in .parquet.")
     if pairs and Path(pairs).exists():
         problems.append(f"--pairs_path {pairs} exists: move it away, or name another file.")
-    tracker, known = args.report_to, LOGGER_TYPE_TO_CLASS
-    if tracker in ("wandb", "trackio") and (tracker not in known or importlib.util.find_spec(tracker) is None):
-        problems.append(f"--report_to {tracker} needs more: pip install -U accelerate {tracker}.")
+    installed = args.report_to in LOGGER_TYPE_TO_CLASS and importlib.util.find_spec(args.report_to) is not None
+    if args.report_to in ("wandb", "trackio") and not installed:
+        problems.append(f"--report_to {args.report_to} needs more: pip install -U accelerate {args.report_to}.")
     models = named_sources(args.models, "models", ["base", *args.steps], problems)
     taken = ["best", "uid", "label", "votes", "scores", *Job._fields]
     rewards = named_sources(args.reward_model, "reward_model", taken, problems)

@@ -1577,9 +1577,9 @@ def resolve(args):
         problems.append("--validation_split with a share does not go with --streaming: name a split.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    tracker, known = args.report_to, LOGGER_TYPE_TO_CLASS
-    if tracker in ("wandb", "trackio") and (tracker not in known or importlib.util.find_spec(tracker) is None):
-        problems.append(f"--report_to {tracker} needs more: pip install -U accelerate {tracker}.")
+    installed = args.report_to in LOGGER_TYPE_TO_CLASS and importlib.util.find_spec(args.report_to) is not None
+    if args.report_to in ("wandb", "trackio") and not installed:
+        problems.append(f"--report_to {args.report_to} needs more: pip install -U accelerate {args.report_to}.")
     if args.mixed_precision == "bf16" and torch.backends.mps.is_available():
         problems.append("--mixed_precision bf16 is not supported on MPS: use fp16 or no.")
     for file in args.labels_path or []:

@@ -719,6 +719,24 @@ def test_a_model_that_is_gone_and_one_that_draws_black(tmp_path, capsys):
         evaluate(tmp_path / "out", models=tmp_path / "gone")
 
 
+def test_too_large_a_batch_is_named(tmp_path, monkeypatch):
+    def out_of_memory(*args, **options):
+        raise torch.OutOfMemoryError("of the card")
+
+    with pytest.raises(torch.OutOfMemoryError), evaluate_smpo.explain_errors("models", "x"):
+        out_of_memory()  # not the model's fault
+    monkeypatch.setattr(evaluate_smpo, "load_pipeline", lambda *args: out_of_memory)
+    with pytest.raises(UserError, match="--batch_size 24 does not fit into memory: give less.* of the card"):
+        evaluate(tmp_path)
+
+
+def test_images_of_another_machine_have_to_be_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_smpo, "draw_images", lambda *args: None)
+    monkeypatch.setattr(evaluate_smpo, "score_missing", lambda *args: None)
+    with pytest.raises(UserError, match="--output_dir .* lacks images/base/.*: machines have to share the folder"):
+        evaluate(tmp_path)
+
+
 def test_a_tracker_that_fails(copy):
     """It is named, after all results are written."""
     folder, flags = copy

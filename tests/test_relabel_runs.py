@@ -20,8 +20,10 @@ import torch
 from accelerate import PartialState
 from conftest import TINY, assert_same_labels, command_line, names_in, relabel, split_pairs
 from fork_server import ForkServer, wait_for
+from huggingface_hub.errors import HTTPError
 from test_relabel import with_column
 
+import relabel_pickapic
 from relabel_pickapic import UserError, open_data, parse_args, start_run
 
 
@@ -149,6 +151,25 @@ def test_a_file_damaged_in_the_middle_holds_up_nothing_else(shards, whole, tmp_p
     shutil.copy(shards.parent / broken.name, broken)
     relabel(**flags)
     assert_same_labels(path, whole)
+
+
+def test_a_lost_connection_and_a_damaged_column_of_keys_are_named(shards, tmp_path, monkeypatch):
+    """The Hub's errors are those of its HTTP library, and none of the system's."""
+
+    def read(*args):
+        raise HTTPError("lost")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="could not be read.*\n.*train-00000.parquet"):
+        patch.setattr(relabel_pickapic.ParquetShards, "read", read)
+        relabel(dataset_name=shards, output_path=tmp_path / "labels.parquet")
+    path = shutil.copy(sorted(shards.parent.iterdir())[0], tmp_path / "damaged.parquet")
+    column = pq.ParquetFile(path).metadata.row_group(0).column(pq.read_schema(path).names.index("caption"))
+    data = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + 40] = bytes(40)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="(?s)--dataset_name .*damaged.parquet cannot be loaded: .*fetch it again"):
+        relabel(dataset_name=path, output_path=tmp_path / "others.parquet")
 
 
 def test_a_run_is_known_by_all_that_scores_depend_on(shards, tmp_path):

@@ -21,7 +21,13 @@ from test_speed import FLOAT64_RTOL, in_float64, make_run, pop_gradient
 import diffusers
 import train_smpo_sd15
 import train_smpo_sdxl
-from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
 
 PROMPT = "a large red circle"
@@ -88,8 +94,13 @@ def test_full_fine_tuning(full_run, sdxl):
     assert not [name for name in before if torch.equal(before[name], after[name])]  # every parameter has moved
     assert all(torch.equal(saved[name], after[name]) for name in after)
     assert Image.open(folder / "validation" / "step-2.png").width == 2 * train_smpo_sdxl.THUMBNAIL
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    assert pipeline(PROMPT, num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)
+    base, tuned = (
+        StableDiffusionXLPipeline.from_pretrained(path, torch_dtype=torch.float32)(
+            PROMPT, num_inference_steps=1, height=64, width=64, generator=torch.Generator().manual_seed(0)
+        ).images[0]
+        for path in (sdxl, folder)
+    )
+    assert tuned.size == (64, 64) and tuned.tobytes() != base.tobytes()
 
     card = (folder / "README.md").read_text()
     assert "StableDiffusionXLPipeline" in card and "openrail++" in card and "stable-diffusion-xl" in card
@@ -104,6 +115,15 @@ def test_the_saved_unet_is_the_published_one_but_for_widths_and_depths(full_run)
     saved = unet_weights(full_run[0])
     assert saved.keys() < real.state_dict().keys()
     assert {name: value.shape for name, value in saved.items()} == {n: v.shape for n, v in small.state_dict().items()}
+    config = json.loads((full_run[0] / "unet" / "config.json").read_text())
+    widths = {key: real.config[key] for key in real.config if key[0] != "_" and real.config[key] != small.config[key]}
+    assert set(widths) == {
+        "block_out_channels", "attention_head_dim", "cross_attention_dim", "addition_time_embed_dim", "sample_size",
+        "projection_class_embeddings_input_dim", "norm_num_groups", "transformer_layers_per_block",
+    }  # fmt: skip
+    with torch.device("meta"):
+        widened = UNet2DConditionModel.from_config({**config, **widths})
+    assert {n: v.shape for n, v in widened.state_dict().items()} == {n: v.shape for n, v in real.state_dict().items()}
 
 
 def test_lora(lora_run, sdxl, tmp_path):

@@ -278,11 +278,10 @@ def errors(lab):
         batch = draw_batch(chosen(pairs, unseen), row.labels, seed, 0)
         prefers_0 = batch[-1] > 0.5
         with torch.enable_grad():
-            policies = [
-                copy.deepcopy(unet) for unet, _ in train(lab.bed, row, pairs, seed, pairs_per_step, evaluated[-1])
-            ]
-        for step in evaluated:
-            model_errors, ref_errors, _ = lab.bed.errors(row, policies[step - 1], batch)
+            steps = enumerate(train(lab.bed, row, pairs, seed, pairs_per_step, evaluated[-1]), 1)
+            policies = {step: copy.deepcopy(unet) for step, (unet, _) in steps if step in evaluated}
+        for step, policy in policies.items():
+            model_errors, ref_errors, _ = lab.bed.errors(row, policy, batch)
             gap_0, gap_1 = ((model_errors - ref_errors) / ref_errors.mean()).chunk(2)
             preferred, rejected = torch.where(prefers_0, gap_0, gap_1), torch.where(prefers_0, gap_1, gap_0)
             gaps = {"preferred": preferred.mean().item(), "rejected": rejected.mean().item()}
