@@ -69,6 +69,177 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Callable, NamedTuple
 
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+PROMPTS_ACCEPTED = "UTF-8: txt with a prompt a line, a json list of prompts, or json, jsonl, csv, tsv or Parquet"
+MODELS_ACCEPTED = "a pipeline, UNet, training checkpoint or LoRA, each a folder or a Hub name, or a LoRA file"
+PUBLISHED = {  # reward models: repository and commit
+    "pickscore": ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"),
+    "hpsv2.1": ("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a"),
+    "imagereward": ("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72"),
+    "aesthetic": ("trl-lib/ddpo-aesthetic-predictor", "cf4bd10345610935a80a5d3be9a3133c50f121e4"),
+    "clip": ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41"),
+}
+REWARDS_ACCEPTED = (
+    f"{', '.join(PUBLISHED)}, or NAME=PATH of its weights or of a CLIP-style model, a Hub name or a folder"
+)
+
+
+class UserError(ValueError):
+    """A mistake of the user's; its text says what was found, what is accepted, and what to do."""
+
+    def __init__(self, text):
+        super().__init__(re.sub("://[^/@ ]*@", "://", text))  # no user and password of a URL
+
+
+@contextmanager
+def short_errors():
+    """Ends the program with the text of a `UserError` alone, without a traceback, and with exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).rpartition("UserError: ")[2].strip()  # a data loading process puts its traceback before it
+        print(f"{Path(__file__).name}: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def checked(kind, fits, accepted):
+    """An argparse type: a number of a kind that fits, or else an error that says what is accepted."""
+
+    def parse(text):
+        try:
+            if math.isfinite(float(text)) and fits(kind(text)):
+                return kind(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be {accepted}, got {text}")
+
+    return parse
+
+
+int_from_1 = checked(int, lambda value: value > 0, "a whole number above 0")
+int_from_0 = checked(int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more, of 63 bits")
+from_0 = checked(float, lambda value: value >= 0, "a number, 0 or more")
+multiple_of_8 = checked(int, lambda value: value > 0 and value % 8 == 0, "a multiple of 8, the VAE's factor")
+
+
+def nonempty(text):
+    """An argparse type: a text that is not empty, with ~ for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: is the variable set that it comes from?")
+    return os.path.expanduser(text)
+
+
+def named_sources(values, flag, taken, problems):
+    """`{name: path}` of a flag's values, PATH or NAME=PATH; what is wrong with them is added to the problems."""
+    sources = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or "/" in name:  # a path may have an = of its own
+            name, path = Path(value).name.removesuffix(".safetensors"), value
+        if not path:
+            problems.append(f"--{flag} {value} names no path: is the variable set that it comes from?")
+        if not re.fullmatch(r"[\w-][\w.-]*", name) or name in taken or name in sources:
+            problems.append(
+                f"--{flag} {value}: {name!r} cannot name it, as it is taken or has other characters than letters,"
+                " digits, '.', '_' and '-'. Give NAME=PATH."
+            )
+        sources[name] = path
+    return sources
+
+
+def reward_name(text):
+    """An argparse type: of what --reward_model takes, the name of a published one in place of its repository."""
+    return next((name for name, (model, _) in PUBLISHED.items() if text == model), text)
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description="Medians and win rates, base against tuned.")
+
+    add = parser.add_argument_group("models", "Give --models, --run_dir, or both.").add_argument
+    add("--pretrained_model_name_or_path", required=True, type=nonempty, help="Base model: a Hub name or a folder.")
+    add("--revision", help="Revision of the base model on the Hub.")
+    add("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
+    add("--models", nargs="+", default=[], help=f"Tuned models, each PATH or NAME=PATH: {MODELS_ACCEPTED}.")
+    add("--run_dir", type=nonempty, help="Output folder of a training run: compares its checkpoints, names the best.")
+
+    add = parser.add_argument_group("prompts").add_argument
+    text = f"Files, each a group if several: {PROMPTS_ACCEPTED}."
+    add("--prompts_path", nargs="+", required=True, type=nonempty, help=text)
+    add("--caption_column", default="caption", help="Prompt of the images.")
+    add("--max_prompts", type=int_from_1, help="Use the first so many prompts of each file.")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--num_images_per_prompt", type=int_from_1, default=1, help="Images, each with its own seed.")
+    add("--num_inference_steps", type=int_from_1, default=50, help="Denoising steps.")
+    add("--guidance_scale", type=from_0, default=7.5, help="Classifier-free guidance.")
+    add("--resolution", type=multiple_of_8, default=512, help="Side of the square images, in pixels.")
+    add("--seed", type=int_from_0, default=0, help="Seed of the first image; each further one has the next.")
+    text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
+    add("--batch_size", type=int_from_1, default=16, help="Images at a time.")
+
+    add = parser.add_argument_group("reward model").add_argument
+    text = f"Reward models, each {REWARDS_ACCEPTED}."
+    add("--reward_model", type=reward_name, nargs="+", default=["pickscore"], help=text)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", required=True, type=nonempty, help="Folder for images, scores and tables.")
+    trackers = ["tensorboard", "wandb", "trackio", "all", "none"]
+    add("--report_to", default="none", choices=trackers, help="Where metrics and pictures go.")
+    add("--blind", action="store_true", help="Also makes blind/index.html, a page on which people vote by keys.")
+    add("--votes", type=nonempty, nargs="+", help="Files that this page has made: win rates beside the rewards'.")
+    text = "Also writes preference pairs to train on, a Parquet file: a prompt's best and worst image by the first"
+    add("--pairs_path", type=nonempty, help=f"{text} reward or, with --votes, what people chose between.")
+    add("--pairs", choices=["best_worst", "all"], help="Which two images of a prompt. Default: best_worst.")
+    return resolve(parser.parse_args(input_args))
+
+
+def resolve(args):
+    """Checks what no type does, and fills in what depends on others; raises `UserError` with a line for each problem.
+
+    --models, with the checkpoints of --run_dir, and --reward_model become `{name: path}`; `args.steps` is
+    `{checkpoint: step}`.
+    """
+    run, pairs, problems = args.run_dir, args.pairs_path, []
+    names = os.listdir(run) if run and os.path.isdir(run) else []
+    steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
+    args.steps = {f"checkpoint-{step}": step for step in steps}
+    if not args.models and run is None and (args.blind or not pairs):
+        problems.append("Give tuned models with --models, or a run with --run_dir.")
+    elif not args.models and run is None and args.num_images_per_prompt < 2:
+        problems.append("--pairs_path needs two images of a prompt: give --num_images_per_prompt 2 or --models.")
+    if args.revision and Path(args.pretrained_model_name_or_path).exists():
+        problems.append("--revision does nothing without a base model on the Hub: leave it out.")
+    if run and not steps:
+        problems.append(f"--run_dir {run} has no folders named checkpoint-STEP.")
+    if args.pairs and (not pairs or args.votes):
+        problems.append("--pairs does nothing without --pairs_path, or with --votes, which say what is a pair.")
+    if pairs and not pairs.endswith(".parquet"):
+        problems.append(f"--pairs_path {pairs} must end in .parquet.")
+    if pairs and Path(pairs).exists():
+        problems.append(f"--pairs_path {pairs} exists: move it away, or name another file.")
+    if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
+        problems.append(f"--report_to {args.report_to} needs it: pip install -U accelerate {args.report_to}.")
+    models = named_sources(args.models, "models", ["base", *args.steps], problems)
+    taken = "model prompt group seed image best uid label votes scores".split()  # by columns of tables
+    rewards = named_sources(args.reward_model, "reward_model", taken, problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    args.models = {name: os.path.expanduser(path) for name, path in models.items()}
+    args.models |= {name: f"{run}/{name}" for name in args.steps}
+    args.reward_model = {name: os.path.expanduser(path) for name, path in rewards.items()}
+    return args
+
+
+# Here, so that a mistake in a flag is told before the imports below, which take seconds.
+# ruff: noqa: E402
+if __name__ == "__main__":
+    with short_errors():
+        ARGS = parse_args()
+
+
 import jinja2
 import numpy as np
 import pandas as pd
@@ -76,7 +247,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from huggingface_hub import snapshot_download
 from PIL import Image
@@ -105,8 +275,6 @@ check_min_version("0.35.0")
 PIL_BACKEND = (
     {"backend": "pil"} if importlib.util.find_spec("transformers.image_processing_backends") else {"use_fast": False}
 )
-PROMPTS_ACCEPTED = "UTF-8: txt with a prompt a line, a json list of prompts, or json, jsonl, csv, tsv or Parquet"
-MODELS_ACCEPTED = "a pipeline, UNet, training checkpoint or LoRA, each a folder or a Hub name, or a LoRA file"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 KINDS = {  # of models, by a file that tells; with the LoRA's file or the UNet's subfolder
     LORA_FILE: ("lora", LORA_FILE),
@@ -233,13 +401,6 @@ def summarise(table, rewards, seed):
 # ---- Prompts --------------------------------------------------------------------------------------------------------
 
 
-class UserError(ValueError):
-    """A mistake of the user's; its text says what was found, what is accepted, and what to do."""
-
-    def __init__(self, text):
-        super().__init__(re.sub("://[^/@ ]*@", "://", text))  # no user and password of a URL
-
-
 @contextmanager
 def explain_errors(flag, value, accepted="a Hub name or a folder"):
     """Turns a library's complaint about what a flag names into a `UserError` with the flag and what it accepts."""
@@ -284,11 +445,11 @@ def load_prompts(args):
     if len(stems) > 1 and len({ALL, *stems}) <= len(stems):
         raise UserError(f"--prompts_path: {', '.join(stems)} name groups, each its own, and none of them {ALL}.")
     for path in args.prompts_path:
-        for prompt in read_prompts(path, args.caption_column):
+        for prompt in read_prompts(path, args.caption_column)[: args.max_prompts]:
             group_of.setdefault(prompt, Path(path).stem if len(args.prompts_path) > 1 else None)
     if not group_of:
         raise UserError(f"--prompts_path {' '.join(args.prompts_path)} has no prompts: all is empty.")
-    return dict(itertools.islice(group_of.items(), args.max_prompts))
+    return group_of
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -349,10 +510,11 @@ def locate_models(args):
             " file: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), or ...XLPipeline."
         )
     for name, path in args.models.items():
-        sources[name] = locate("models", path)
+        flag, given = ("run_dir", path) if name in args.steps else ("models", f"{name}={path}")
+        sources[name] = locate(flag, path)
         if sources[name].kind[0] is None:
             listed = ", ".join(sources[name].files[:12]) or "none of the files that tell"
-            raise UserError(f"--models {name}={path} holds {listed}.\nAccepted: {MODELS_ACCEPTED}.")
+            raise UserError(f"--{flag} {given} holds {listed}.\nAccepted: {MODELS_ACCEPTED}.")
     return sources
 
 
@@ -361,7 +523,8 @@ def load_pipeline(source, base, device, args):
     (kind, part), dtype = source.kind, {"torch_dtype": getattr(torch, args.dtype)}
     whole = source if kind == "pipeline" else base
     parts = {"safety_checker": None, "variant": args.variant if whole is base else None, **dtype}
-    with explain_errors("pretrained_model_name_or_path" if source is base else "models", source.path, MODELS_ACCEPTED):
+    flag = "run_dir" if source.path in [args.models[step] for step in args.steps] else "models"
+    with explain_errors("pretrained_model_name_or_path" if source is base else flag, source.path, MODELS_ACCEPTED):
         if kind == "unet":  # in place of the base's, which is not read
             options = {"subfolder": part, "revision": source.commit, **dtype}
             parts["unet"] = UNet2DConditionModel.from_pretrained(source.path, **options)
@@ -379,12 +542,14 @@ def load_pipeline(source, base, device, args):
 
 
 def save_whole(path, save):
-    """Lets `save` fill a file under another name, and renames it: who is killed leaves no half of it. A `UserError`
-    says that it cannot be written."""
+    """Lets `save` fill a file under another name, and renames it when it is on the disk: no half of it is ever there.
+    A `UserError` says that it cannot be written."""
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
@@ -410,7 +575,7 @@ class Job(NamedTuple):
 def list_jobs(sources, group_of, args):
     """The `Job` of every image: model by model, prompt by prompt, and the images of a prompt, all seeds in a row.
 
-    All that makes an image is in its file's name, so that none of other weights, prompts or settings passes for it.
+    Weights, prompt and settings are in its file's name, so that none of others passes for it.
     """
     jobs, count = [], args.num_images_per_prompt
     settings = [args.num_inference_steps, args.guidance_scale, args.resolution, args.dtype, args.variant]
@@ -440,11 +605,7 @@ def draw_images(jobs, sources, args):
     for batch in batches(missing, f"Images of {name}", args):
         # On the CPU, so that an image does not depend on the device or on the batch it is drawn in.
         generators = [torch.Generator().manual_seed(job.seed) for job in batch]
-        try:
-            images = pipeline([job.prompt for job in batch], generator=generators, **options).images
-        except torch.OutOfMemoryError as error:
-            advice = "give less, and start the same command again, which keeps all that is drawn"
-            raise UserError(f"--batch_size {args.batch_size} does not fit into memory: {advice}. {error}") from error
+        images = pipeline([job.prompt for job in batch], generator=generators, **options).images
         for job, image in zip(batch, images):
             if not image.getbbox():
                 print(f"{job.image} is all black: the model is broken, or overflows in {args.dtype}.")
@@ -486,12 +647,8 @@ BLIP_TEXT = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 PADDED = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}  # tokens
 CLIP_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")  # repository and commit
-CLIP_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+CLIP_L = PUBLISHED["clip"]
 BERT = ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
-PICKSCORE = ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
-HPSV2 = ("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a")
-IMAGE_REWARD = ("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72")
-AESTHETIC = ("trl-lib/ddpo-aesthetic-predictor", "cf4bd10345610935a80a5d3be9a3133c50f121e4")
 
 
 class SquareProcessor(NamedTuple):
@@ -640,15 +797,14 @@ class Reward(NamedTuple):
 
 
 REWARDS = {
-    "pickscore": Reward(*PICKSCORE, *CLIP_H, label_range=(0.11543526500463486, 0.28201571106910706)),
-    "hpsv2.1": Reward(*HPSV2, *CLIP_H, "HPS_v2.1_compressed.pt", load_hpsv2),
-    "imagereward": Reward(*IMAGE_REWARD, *BERT, "ImageReward.pt", load_image_reward, score_image_reward, 1),
-    "aesthetic": Reward(*AESTHETIC, *CLIP_L, "aesthetic-model.pth", load_aesthetic, score_aesthetic, 1),
+    "pickscore": Reward(*PUBLISHED["pickscore"], *CLIP_H, label_range=(0.11543526500463486, 0.28201571106910706)),
+    "hpsv2.1": Reward(*PUBLISHED["hpsv2.1"], *CLIP_H, "HPS_v2.1_compressed.pt", load_hpsv2),
+    "imagereward": Reward(
+        *PUBLISHED["imagereward"], *BERT, "ImageReward.pt", load_image_reward, score_image_reward, 1
+    ),
+    "aesthetic": Reward(*PUBLISHED["aesthetic"], *CLIP_L, "aesthetic-model.pth", load_aesthetic, score_aesthetic, 1),
     "clip": Reward(*CLIP_L, *CLIP_L),
 }
-REWARDS_ACCEPTED = (
-    f"{', '.join(REWARDS)}, or NAME=PATH of its weights or of a CLIP-style model, a Hub name or a folder"
-)
 
 
 class Scorer(NamedTuple):
@@ -663,11 +819,6 @@ class Scorer(NamedTuple):
     def score(self, pixel_values, texts):
         """Raw scores of N images `[N, 3, H, W]` by their texts: fp32 `[N]`."""
         return self.reward.score(self.model, self.tokenizer, pixel_values, texts)
-
-
-def reward_name(text):
-    """An argparse type: of what --reward_model takes, the name of a published one in place of its repository."""
-    return next((name for name, reward in REWARDS.items() if text == reward.model), text)
 
 
 def locate_file(path, file, revision=None):
@@ -756,12 +907,12 @@ def score_missing(jobs, description, kept, scorers, args):
                     continue
                 pixels = pool.map(lambda job: scorer.image_processor(images[job], return_tensors="pt"), new)
                 pixels = torch.cat([of_image["pixel_values"] for of_image in pixels])
-                scores = scorer.score(pixels, [job.prompt for job in new]).double().cpu().numpy()
+                scores = scorer.score(pixels, [job.prompt for job in new]).cpu().double().numpy()
                 for job, score in zip(new, scores):
                     if not math.isfinite(score):
                         raise UserError(
                             f"{reward} gives {score} to {folder / job.image} ({job.prompt!r}), which ranks nothing. It"
-                            " is damaged, or overflows in float16: then give --dtype float32."
+                            " is damaged, or overflows in float16: --dtype float32 draws and scores all anew."
                         )
                 found = {keys[job][reward]: scorer.reward.scale * score for job, score in zip(new, scores)}
                 save_text(folder / "scores" / f"{digest(list(found))}.json", json.dumps(found))
@@ -850,7 +1001,7 @@ def write_results(table, votes, sources, scorers, args):
     save_text(folder / "results.json", json.dumps(record, indent=2))
     save_text(folder / "results.md", text)
     texts = table[["prompt", "group"]].replace(BEFORE_FORMULA, "'", regex=True)
-    save_text(folder / "scores.csv", table.assign(**texts).to_csv(index=False))
+    save_text(folder / "scores.csv", table.assign(**texts).to_csv(index=False, lineterminator="\n"))
     gains = gains_over_base(table, rewards)
     write_gallery(table, gains, rewards, args)
     for name in args.models:
@@ -932,6 +1083,8 @@ BLIND = """<!doctype html>
 <a id="save" download="votes.json" href="#">Download votes.json</a> <a id="forget" href="#">Start over</a></p>
 <script>
 const duels = {{ duels | tojson }}, key = {{ key | tojson }}, votes = JSON.parse(localStorage.getItem(key) || "[]")
+const voter = localStorage.getItem("voter") || Math.random().toString(36).slice(2)
+localStorage.setItem("voter", voter)
 const [prompt, left, right, progress, save, forget] =
   ["prompt", "left", "right", "progress", "save", "forget"].map(id => document.getElementById(id))
 const show = () => {
@@ -945,8 +1098,9 @@ const show = () => {
 document.onkeydown = event => {
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return
   if (!["0", "1", "2"].includes(event.key) || votes.length === duels.length) return
-  const { left, right } = duels[votes.length]
-  votes.push({ left, right, vote: Number(event.key) })
+  if (!left.complete || !left.naturalWidth || !right.complete || !right.naturalWidth) return  // not to be seen yet
+  const duel = duels[votes.length]
+  votes.push({ left: duel.left, right: duel.right, vote: Number(event.key), voter })
   localStorage.setItem(key, JSON.stringify(votes))  // a closed page goes on where it was
   show()
 }
@@ -982,17 +1136,18 @@ def read_votes(jobs, args):
     """A line for each of --votes: the tuned model's `image` and the `base_image`, the `model` and `prompt`, and what
     it has `won`, 1, 0 or, at a tie, 0.5."""
     jobs = {f"{digest(job.image)}.png": job for job in jobs}
-    votes = []
+    votes = {}
     for path in args.votes or []:
         with explain_errors("votes", path, "what the page of --blind in this --output_dir has made"):
             for vote in json.loads(Path(path).read_text()):
                 left, right = jobs[vote["left"]], jobs[vote["right"]]
                 won = {1: 1.0, 2: 0.0, 0: 0.5}[vote["vote"]]
                 tuned, base, won = (right, left, 1 - won) if left.model == "base" else (left, right, won)
-                votes.append((tuned.image, base.image, tuned.model, tuned.prompt, won))
+                # Once a person: two files may be of one browser, the later with all that the earlier has.
+                votes[vote.get("voter", path), tuned, base] = (tuned.image, base.image, tuned.model, tuned.prompt, won)
             if not votes:
                 raise ValueError("it has no votes")
-    return pd.DataFrame(votes, columns=["image", "base_image", "model", "prompt", "won"])
+    return pd.DataFrame(votes.values(), columns=["image", "base_image", "model", "prompt", "won"])
 
 
 def count_votes(votes, seed):
@@ -1059,134 +1214,6 @@ def write_pairs(table, votes, scorers, args):
     save_whole(Path(args.pairs_path), save)
 
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
-
-
-def checked(kind, fits, accepted):
-    """An argparse type: a number of a kind that fits, or else an error that says what is accepted."""
-
-    def parse(text):
-        try:
-            if math.isfinite(float(text)) and fits(kind(text)):
-                return kind(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"must be {accepted}, got {text}")
-
-    return parse
-
-
-int_from_1 = checked(int, lambda value: value > 0, "a whole number above 0")
-int_from_0 = checked(int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more, of 63 bits")
-from_0 = checked(float, lambda value: value >= 0, "a number, 0 or more")
-multiple_of_8 = checked(int, lambda value: value > 0 and value % 8 == 0, "a multiple of 8, the VAE's factor")
-
-
-def nonempty(text):
-    """An argparse type: a text that is not empty, with ~ for the home folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: is the variable set that it comes from?")
-    return os.path.expanduser(text)
-
-
-def named_sources(values, flag, taken, problems):
-    """`{name: path}` of a flag's values, PATH or NAME=PATH; what is wrong with them is added to the problems."""
-    sources = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not equals or "/" in name:  # a path may have an = of its own
-            name, path = Path(value).name.removesuffix(".safetensors"), value
-        if not path:
-            problems.append(f"--{flag} {value} names no path: is the variable set that it comes from?")
-        if not re.fullmatch(r"[\w-][\w.-]*", name) or name in taken or name in sources:
-            problems.append(
-                f"--{flag} {value}: {name!r} cannot name it, as it is taken or has other characters than letters,"
-                " digits, '.', '_' and '-'. Give NAME=PATH."
-            )
-        sources[name] = path
-    return sources
-
-
-def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(description="Medians and win rates, base against tuned.")
-
-    add = parser.add_argument_group("models", "Give --models, --run_dir, or both.").add_argument
-    add("--pretrained_model_name_or_path", required=True, type=nonempty, help="Base model: a Hub name or a folder.")
-    add("--revision", help="Revision of the base model on the Hub.")
-    add("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
-    add("--models", nargs="+", default=[], help=f"Tuned models, each PATH or NAME=PATH: {MODELS_ACCEPTED}.")
-    add("--run_dir", type=nonempty, help="Output folder of a training run: compares its checkpoints, names the best.")
-
-    add = parser.add_argument_group("prompts").add_argument
-    text = f"Files, each a group if several: {PROMPTS_ACCEPTED}."
-    add("--prompts_path", nargs="+", required=True, type=nonempty, help=text)
-    add("--caption_column", default="caption", help="Prompt of the images.")
-    add("--max_prompts", type=int_from_1, help="Use the first so many prompts.")
-
-    add = parser.add_argument_group("sampling").add_argument
-    add("--num_images_per_prompt", type=int_from_1, default=1, help="Images, each with its own seed.")
-    add("--num_inference_steps", type=int_from_1, default=50, help="Denoising steps.")
-    add("--guidance_scale", type=from_0, default=7.5, help="Classifier-free guidance.")
-    add("--resolution", type=multiple_of_8, default=512, help="Side of the square images, in pixels.")
-    add("--seed", type=int_from_0, default=0, help="Seed of the first image; each further one has the next.")
-    text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
-    add("--batch_size", type=int_from_1, default=16, help="Images at a time.")
-
-    add = parser.add_argument_group("reward model").add_argument
-    text = f"Reward models, each {REWARDS_ACCEPTED}."
-    add("--reward_model", type=reward_name, nargs="+", default=["pickscore"], help=text)
-
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", required=True, type=nonempty, help="Folder for images, scores and tables.")
-    trackers = ["tensorboard", "wandb", "trackio", "all", "none"]
-    add("--report_to", default="none", choices=trackers, help="Where metrics and pictures go.")
-    add("--blind", action="store_true", help="Also makes blind/index.html, a page on which people vote by keys.")
-    add("--votes", type=nonempty, nargs="+", help="Files that this page has made: win rates beside the rewards'.")
-    text = "Also writes preference pairs to train on, a Parquet file: a prompt's best and worst image by the first"
-    add("--pairs_path", type=nonempty, help=f"{text} reward or, with --votes, what people chose between.")
-    add("--pairs", choices=["best_worst", "all"], help="Which two images of a prompt. Default: best_worst.")
-    return resolve(parser.parse_args(input_args))
-
-
-def resolve(args):
-    """Checks what no type does, and fills in what depends on others; raises `UserError` with a line for each problem.
-
-    --models, with the checkpoints of --run_dir, and --reward_model become `{name: path}`; `args.steps` is
-    `{checkpoint: step}`.
-    """
-    run, pairs, problems = args.run_dir, args.pairs_path, []
-    names = os.listdir(run) if run and os.path.isdir(run) else []
-    steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
-    args.steps = {f"checkpoint-{step}": step for step in steps}
-    if not args.models and run is None and (args.blind or not pairs):
-        problems.append("Give tuned models with --models, or a run with --run_dir.")
-    elif not args.models and run is None and args.num_images_per_prompt < 2:
-        problems.append("--pairs_path needs two images of a prompt: give --num_images_per_prompt 2 or --models.")
-    if args.revision and Path(args.pretrained_model_name_or_path).exists():
-        problems.append("--revision does nothing without a base model on the Hub: leave it out.")
-    if run and not steps:
-        problems.append(f"--run_dir {run} has no folders named checkpoint-STEP.")
-    if args.pairs and (not pairs or args.votes):
-        problems.append("--pairs does nothing without --pairs_path, or with --votes, which say what is a pair.")
-    if pairs and not pairs.endswith(".parquet"):
-        problems.append(f"--pairs_path {pairs} must end in .parquet.")
-    if pairs and Path(pairs).exists():
-        problems.append(f"--pairs_path {pairs} exists: move it away, or name another file.")
-    installed = args.report_to in LOGGER_TYPE_TO_CLASS and importlib.util.find_spec(args.report_to) is not None
-    if args.report_to in ("wandb", "trackio") and not installed:
-        problems.append(f"--report_to {args.report_to} needs more: pip install -U accelerate {args.report_to}.")
-    models = named_sources(args.models, "models", ["base", *args.steps], problems)
-    taken = ["best", "uid", "label", "votes", "scores", *Job._fields]
-    rewards = named_sources(args.reward_model, "reward_model", taken, problems)
-    if problems:
-        raise UserError("\n".join(problems))
-    args.models = {name: os.path.expanduser(path) for name, path in models.items()}
-    args.models |= {name: f"{run}/{name}" for name in args.steps}
-    args.reward_model = {name: os.path.expanduser(path) for name, path in rewards.items()}
-    return args
-
-
 # ---- The run --------------------------------------------------------------------------------------------------------
 
 
@@ -1196,14 +1223,18 @@ def main(args):
     args.dtype = args.dtype or ("float32" if state.device.type == "cpu" else "float16")
     group_of = load_prompts(args)
     (sources,) = broadcast_object_list([locate_models(args)])  # the same commits and times in all processes
-    scorers = load_scorers(state.device, args)  # before anything is drawn: they may not be there
     jobs = list_jobs(sources, group_of, args)
     votes = read_votes(jobs, args)
     kept = kept_scores(args)
-    for name in sources:
-        own = [job for job in jobs[state.process_index :: state.num_processes] if job.model == name]
-        draw_images(own, sources, args)
-        score_missing(own, f"Scores of {name}", kept, scorers, args)
+    try:
+        scorers = load_scorers(state.device, args)  # before anything is drawn: they may not be there
+        for name in sources:
+            own = [job for job in jobs[state.process_index :: state.num_processes] if job.model == name]
+            draw_images(own, sources, args)
+            score_missing(own, f"Scores of {name}", kept, scorers, args)
+    except torch.OutOfMemoryError as error:
+        advice = "give less, or fewer rewards, and start the same command again, which keeps all that is drawn"
+        raise UserError(f"--batch_size {args.batch_size} does not fit into memory: {advice}. {error}") from error
     state.wait_for_everyone()
     if state.is_main_process:
         if lost := [job.image for job in jobs if not (Path(args.output_dir) / job.image).exists()]:
@@ -1215,17 +1246,14 @@ def main(args):
         record = write_results(table, votes, sources, scorers, args)
         if args.blind:
             write_blind(table, args)
-        if args.pairs_path is not None:
-            write_pairs(table, votes, scorers, args)
         if args.report_to != "none":
             with explain_errors("report_to", args.report_to, "a tracker that is installed and logged in"):
                 send_results(record, args)
+        if args.pairs_path is not None:  # last, as the same command refuses to write over it
+            write_pairs(table, votes, scorers, args)
         print(f"\nImages, scores and pictures are in {args.output_dir}: look at its gallery.html.")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except UserError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)  # alone, without a traceback
-        sys.exit(2)
+    with short_errors():
+        main(ARGS)

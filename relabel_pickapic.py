@@ -44,8 +44,8 @@ what, the range, and the counts.
 
 Each (image, caption) is scored where it first occurs. The rows are cut into pieces, the pieces dealt to the processes
 and their workers, and each finished piece is written whole into a folder beside the output (labels.scores/HASH, the
-hash of all that scores depend on). The same command, started again after whatever stopped it, goes on with what is
-missing, with any number of processes, and ends with the same file; another command finds nothing there. Several
+hash of data, reward model and precision). The same command, started again after whatever stopped it, goes on with what
+is missing, with any number of processes, and ends with the same file; another command finds nothing there. Several
 machines have to share the folder, which is removed when all is written and uploaded.
 """
 
@@ -58,6 +58,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import shutil
 import sys
@@ -68,6 +69,149 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+LABEL_KEYS = ["image_0_uid", "image_1_uid", "ranking_id"]  # the columns of a labels file that name a pair
+FOLDERS_ACCEPTED = (
+    "a folder with images in `preferred` and others of the same names in `rejected`, and their captions in a"
+    " `metadata.csv` (file_name,caption) or as NAME.txt beside the preferred ones"
+)
+DATASET_ACCEPTED = "a Hub name, a folder, or a Parquet file or glob; `Dataset.to_parquet` writes one"
+PUBLISHED = {  # reward models: repository and commit
+    "pickscore": ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"),
+    "hpsv2.1": ("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a"),
+    "imagereward": ("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72"),
+    "aesthetic": ("trl-lib/ddpo-aesthetic-predictor", "cf4bd10345610935a80a5d3be9a3133c50f121e4"),
+    "clip": ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41"),
+}
+REWARDS_ACCEPTED = (
+    f"{', '.join(PUBLISHED)}, or NAME=PATH of its weights or of a CLIP-style model, a Hub name or a folder"
+)
+
+
+class UserError(ValueError):
+    """A mistake of the user's; its text says what was found, what is accepted, and what to do."""
+
+    def __init__(self, text):
+        super().__init__(re.sub("://[^/@ ]*@", "://", text))  # no user and password of a URL
+
+
+@contextmanager
+def short_errors():
+    """Ends the program with the text of a `UserError` alone, without a traceback, and with exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).rpartition("UserError: ")[2].strip()  # a data loading process puts its traceback before it
+        print(f"{Path(__file__).name}: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def checked(kind, fits, accepted):
+    """An argparse type: a number of a kind that fits, or else an error that says what is accepted."""
+
+    def parse(text):
+        try:
+            if math.isfinite(float(text)) and fits(kind(text)):
+                return kind(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be {accepted}, got {text}")
+
+    return parse
+
+
+int_from_1 = checked(int, lambda value: value > 0, "a whole number above 0")
+int_from_0 = checked(int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more, of 63 bits")
+finite = checked(float, lambda value: True, "a finite number")
+
+
+def nonempty(text):
+    """An argparse type: a text that is not empty, with ~ for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: is the variable set that it comes from?")
+    return os.path.expanduser(text)
+
+
+def reward_name(text):
+    """An argparse type: of what --reward_model takes, the name of a published one in place of its repository."""
+    return next((name for name, (model, _) in PUBLISHED.items() if text == model), text)
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description="Writes the soft preference of each pair of a data set.")
+    group = parser.add_argument_group("data")
+    add = group.add_mutually_exclusive_group(required=True).add_argument
+    add("--dataset_name", type=nonempty, help=f"Data set: {DATASET_ACCEPTED}.")
+    text = f"Write a data set, without soft labels, of your own pairs: {FOLDERS_ACCEPTED}."
+    add("--pairs_from", type=nonempty, help=text)
+    add = group.add_argument
+    add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
+    add("--streaming", action="store_true", help="Read a data set on the Hub in place, not downloaded first.")
+    add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")
+    add("--caption_column", default="caption", help="Prompt of the images.")
+    text = "What names images 0 and 1, and the comparison if known."
+    add("--key_columns", nargs="+", default=LABEL_KEYS, help=text)
+    add("--human_label_column", default="label_0", help="In {0, 0.5, 1}; training leaves ties out. May be missing.")
+
+    add = parser.add_argument_group("reward model").add_argument
+    text = f"Reward model: {REWARDS_ACCEPTED}."
+    add("--reward_model", type=reward_name, default="pickscore", help=text)
+    text = "Range of the raw reward. Default: the published one of pickscore, of others that of the scores."
+    add("--score_range", nargs=2, type=finite, metavar=("MIN", "MAX"), help=text)
+
+    add = parser.add_argument_group("memory and speed").add_argument
+    text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
+    add("--batch_size", type=int_from_1, default=64, help="Pairs at a time; fewer where they do not fit.")
+    text = "Processes that read images. Default: the cores, shared out."
+    add("--dataloader_num_workers", type=int_from_0, help=text)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_path", type=nonempty, required=True, help="Parquet file to write. It must not exist.")
+    add("--push_to_hub", action="store_true", help="Upload what was written to a data set repository.")
+    add("--hub_dataset_id", help="Repository to upload to. Default: the name of --output_path.")
+    add("--hub_public", action="store_true", help="Make a new repository public, not private.")
+
+    return resolve(parser.parse_args(input_args))
+
+
+def resolve(args):
+    """Checks what no type does, and counts the workers; raises `UserError` with a line for each problem."""
+    low, high = args.score_range or (0, 1)
+    checks = [
+        (not args.output_path.endswith(".parquet"), f"--output_path must end in .parquet, got {args.output_path}."),
+        (low >= high, f"--score_range must be a MIN and a larger MAX, got {low} {high}."),
+        (
+            args.pairs_from and (args.score_range or args.streaming or args.push_to_hub),
+            "--score_range, --streaming and --push_to_hub do nothing with --pairs_from: label what it writes.",
+        ),
+        (
+            (args.hub_dataset_id or args.hub_public) and not args.push_to_hub,
+            "--hub_dataset_id and --hub_public do nothing without --push_to_hub.",
+        ),
+        (
+            len(args.key_columns) not in (2, 3),
+            f"--key_columns takes two or three columns, got {' '.join(args.key_columns)}.",
+        ),
+    ]
+    problems = [sentence for wrong, sentence in checks if wrong]
+    if problems:
+        raise UserError("\n".join(problems))
+    if args.dataloader_num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.dataloader_num_workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return args
+
+
+# Here, so that a mistake in a flag is told before the imports below, which take seconds.
+# ruff: noqa: E402
+if __name__ == "__main__":
+    with short_errors():
+        ARGS = parse_args()
+
 
 import datasets
 import fsspec
@@ -107,15 +251,9 @@ logger = get_logger(__name__)
 PIL_BACKEND = (
     {"backend": "pil"} if importlib.util.find_spec("transformers.image_processing_backends") else {"use_fast": False}
 )
-LABEL_KEYS = ["image_0_uid", "image_1_uid", "ranking_id"]  # the columns of a labels file that name a pair
 REASONS = ["no caption", "not a readable image", "not finite"]  # why a pair has no label, as parts of `invalid_reason`
-FOLDERS_ACCEPTED = (
-    "a folder with images in `preferred` and others of the same names in `rejected`, and their captions in a"
-    " `metadata.csv` (file_name,caption) or as NAME.txt beside the preferred ones"
-)
-DATASET_ACCEPTED = "a Hub name, a folder, or a Parquet file or glob; `Dataset.to_parquet` writes one"
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would also start Ghostscript for PostScript
-MAX_PIXELS = 50_000_000  # of an image; a small file can hold more than memory does
+MAX_PIXELS, MAX_ASPECT = 50_000_000, 100  # of an image; a small file can hold more than memory does
 PIECE_ROWS = 512  # at most, of a piece, which each worker of a stopped run may have to score again
 MAX_PARTS = 8  # pieces of a row group, however large it is, as each is read from the group's beginning
 READ_BUFFER = 8 * 2**20  # bytes fetched of one column at a time
@@ -165,13 +303,6 @@ def first_places(*keys):
 # ---- Data: Parquet files are read where they lie, a few columns or rows at a time; all else as a `datasets.Dataset` -
 
 
-class UserError(ValueError):
-    """A mistake of the user's; its text says what was found, what is accepted, and what to do."""
-
-    def __init__(self, text):
-        super().__init__(re.sub("://[^/@ ]*@", "://", text))  # no user and password of a URL
-
-
 @contextmanager
 def explain_errors(flag, value, accepted="a Hub name or a folder"):
     """Turns a library's complaint about what a flag names into a `UserError` with the flag and what it accepts."""
@@ -190,7 +321,8 @@ def decode_image(data, side=None):
     It is turned upright by its EXIF orientation; what is transparent becomes white; 16-bit grey becomes 8-bit; of an
     animation it is the first frame. A JPEG is decoded at a half, a quarter or an eighth of its size, which is far
     faster, where both sides stay at least `side` pixels long. A `ValueError` says that it is missing, empty, damaged,
-    in another format than `IMAGE_FORMATS`, larger than `MAX_PIXELS`, or a path: no row may name a file to be read.
+    in another format than `IMAGE_FORMATS`, larger than `MAX_PIXELS`, beyond `MAX_ASPECT` to 1, or a path: no row may
+    name a file to be read.
     """
     try:
         if isinstance(data, dict):
@@ -200,8 +332,9 @@ def decode_image(data, side=None):
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if side is not None:
             image.draft(None, (side, side))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
+            limits = f"{MAX_PIXELS:,} or of more than {MAX_ASPECT} to 1"
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {limits}")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # Pillow would clip them to white
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -315,7 +448,7 @@ def open_data(args):
 
 
 def check_columns(schema, args):
-    """Raises `UserError` with all columns that are missing, of a wrong type, or would be written over."""
+    """Raises `UserError` with all columns that are missing, or of a wrong type."""
     text, number = "(large_)?string", r"u?int\d+|float|double"
     image = "(large_)?binary|struct<(bytes: .*path: .*|path: .*bytes: .*)>"
     accepted = {
@@ -371,12 +504,8 @@ BLIP_TEXT = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 PADDED = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}  # tokens
 CLIP_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")  # repository and commit
-CLIP_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+CLIP_L = PUBLISHED["clip"]
 BERT = ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
-PICKSCORE = ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
-HPSV2 = ("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a")
-IMAGE_REWARD = ("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72")
-AESTHETIC = ("trl-lib/ddpo-aesthetic-predictor", "cf4bd10345610935a80a5d3be9a3133c50f121e4")
 
 
 class SquareProcessor(NamedTuple):
@@ -525,15 +654,14 @@ class Reward(NamedTuple):
 
 
 REWARDS = {
-    "pickscore": Reward(*PICKSCORE, *CLIP_H, label_range=(0.11543526500463486, 0.28201571106910706)),
-    "hpsv2.1": Reward(*HPSV2, *CLIP_H, "HPS_v2.1_compressed.pt", load_hpsv2),
-    "imagereward": Reward(*IMAGE_REWARD, *BERT, "ImageReward.pt", load_image_reward, score_image_reward, 1),
-    "aesthetic": Reward(*AESTHETIC, *CLIP_L, "aesthetic-model.pth", load_aesthetic, score_aesthetic, 1),
+    "pickscore": Reward(*PUBLISHED["pickscore"], *CLIP_H, label_range=(0.11543526500463486, 0.28201571106910706)),
+    "hpsv2.1": Reward(*PUBLISHED["hpsv2.1"], *CLIP_H, "HPS_v2.1_compressed.pt", load_hpsv2),
+    "imagereward": Reward(
+        *PUBLISHED["imagereward"], *BERT, "ImageReward.pt", load_image_reward, score_image_reward, 1
+    ),
+    "aesthetic": Reward(*PUBLISHED["aesthetic"], *CLIP_L, "aesthetic-model.pth", load_aesthetic, score_aesthetic, 1),
     "clip": Reward(*CLIP_L, *CLIP_L),
 }
-REWARDS_ACCEPTED = (
-    f"{', '.join(REWARDS)}, or NAME=PATH of its weights or of a CLIP-style model, a Hub name or a folder"
-)
 
 
 class Scorer(NamedTuple):
@@ -548,11 +676,6 @@ class Scorer(NamedTuple):
     def score(self, pixel_values, texts):
         """Raw scores of N images `[N, 3, H, W]` by their texts: fp32 `[N]`."""
         return self.reward.score(self.model, self.tokenizer, pixel_values, texts)
-
-
-def reward_name(text):
-    """An argparse type: of what --reward_model takes, the name of a published one in place of its repository."""
-    return next((name for name, reward in REWARDS.items() if text == reward.model), text)
 
 
 def locate_file(path, file, revision=None):
@@ -694,7 +817,7 @@ def sync_to_disk(*paths):
 
 def write_whole(path, write):
     """Lets `write` fill a file, which then is on the disk, whole; raises `UserError` if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{PartialState().process_index}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -727,7 +850,7 @@ def score_pieces(batch_size, paths, wanted, captions, shards, scorer, args):
     bar = tqdm(total=total, desc="Images", unit="image", disable=not state.is_local_main_process)
     for batch in loader:
         if "error" in batch:
-            logger.error(batch["error"], main_process_only=False)
+            logger.error(str(UserError(batch["error"])), main_process_only=False)  # without a password
             continue
         piece, places = batch["piece"], batch["places"].numpy()
         scores = np.full(len(batch["hashes"]), np.nan, dtype=np.float32)
@@ -822,10 +945,10 @@ def read_rows(shards, args):
 def start_run(shards, args):
     """The folder for the scores of this run, its rows (`read_rows`), and its reward model (`find_reward`).
 
-    The folder's name is a hash of all that scores depend on: a run that goes on finds its pieces, and takes the reward
-    model at the commit of its start; another one finds nothing. Data are known by sizes, identifiers and captions, not
-    by a commit, which an edit of their README changes. Raises `UserError` if the model has other files now,
-    or if there are finished labels of another run.
+    The folder's name is a hash of data, reward model and precision: a run that goes on finds its pieces, and takes the
+    reward model at the commit of its start; another one finds nothing. Data are known by sizes, identifiers and
+    captions, not by a commit, which an edit of their README changes. Raises `UserError` if the model has other files
+    now, or if there are finished labels of another run.
     """
     run = [None, None, None]
     if PartialState().is_main_process:
@@ -920,9 +1043,9 @@ def report(labels, metadata):
     ends = np.quantile(np.abs(2 * frame["soft_label_0"] - 1), [0.1, 0.5, 0.9])
     logger.info("|2 soft_label_0 - 1|, 10 %, median, 90 %: {:.4f}, {:.4f}, {:.4f}".format(*ends))
     if "label_0" in frame:
-        decided = frame[frame["label_0"].notna() & (frame["label_0"] != 0.5)]
+        decided = frame[frame["label_0"].notna() & (frame["label_0"] != 0.5) & (frame["soft_label_0"] != 0.5)]
         agreement = ((decided["soft_label_0"] > 0.5) == (decided["label_0"] > 0.5)).mean()
-        logger.info(f"The label agrees with people on {agreement:.1%} of the {len(decided)} pairs that they decided.")
+        logger.info(f"The label agrees with people on {agreement:.1%} of the {len(decided)} pairs that both decided.")
 
 
 def upload(path, metadata, args):
@@ -947,9 +1070,11 @@ for SmPO-Diffusion (https://arxiv.org/abs/2506.02698).
     repo, hub = {"repo_id": args.hub_dataset_id or path.stem, "repo_type": "dataset"}, HfApi()
     try:
         repo["repo_id"] = hub.create_repo(**repo, private=not args.hub_public, exist_ok=True).repo_id
+        if there := {path.name, "README.md"} & set(hub.list_repo_files(**repo)):
+            raise ValueError(f"{repo['repo_id']} has a {' and a '.join(sorted(there))} already")
         hub.create_commit(**repo, operations=operations, commit_message="Soft preference labels")
     except Exception as error:  # over the years huggingface_hub has had the errors of two HTTP libraries
-        advice = "Start the same command again to upload it."
+        advice = "Start the same command again to upload it, or with another --hub_dataset_id."
         raise UserError(f"--push_to_hub: {path} is written, and cannot be uploaded: {error}\n{advice}") from error
     logger.info(f"Uploaded to {repo['repo_id']}.")
 
@@ -963,7 +1088,7 @@ def write_own_pairs(folder, path):
     Raises `UserError` with images that lack a partner or a caption.
     """
     preferred, rejected = (
-        {image.name: image for image in folder.glob(f"{side}/[!.]*") if image.suffix != ".txt"}
+        {image.name: image for image in folder.glob(f"{side}/[!.]*") if image.is_file() and image.suffix != ".txt"}
         for side in ("preferred", "rejected")
     )
     texts = {name: image.with_suffix(".txt") for name, image in preferred.items()}
@@ -972,7 +1097,8 @@ def write_own_pairs(folder, path):
         if (folder / "metadata.csv").exists():
             table = pd.read_csv(folder / "metadata.csv", dtype=str, keep_default_na=False, encoding="utf-8-sig")
             captions |= dict(table[["file_name", "caption"]].values)
-    alone, mute = preferred.keys() ^ rejected.keys(), preferred.keys() - captions.keys()
+    alone = preferred.keys() ^ rejected.keys()
+    mute = {name for name in preferred if not captions.get(name, "").strip()}
     if alone or mute or not preferred:
         found = f"{len(preferred)} preferred images; in one folder only: {sorted(alone)}; no caption: {sorted(mute)}"
         raise UserError(f"--pairs_from {folder} has {found}. Accepted: {FOLDERS_ACCEPTED}.")
@@ -995,99 +1121,7 @@ def write_own_pairs(folder, path):
     write_whole(path, write)
 
 
-# ---- Command line and run -------------------------------------------------------------------------------------------
-
-
-def checked(kind, fits, accepted):
-    """An argparse type: a number of a kind that fits, or else an error that says what is accepted."""
-
-    def parse(text):
-        try:
-            if math.isfinite(float(text)) and fits(kind(text)):
-                return kind(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"must be {accepted}, got {text}")
-
-    return parse
-
-
-int_from_1 = checked(int, lambda value: value > 0, "a whole number above 0")
-int_from_0 = checked(int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more, of 63 bits")
-finite = checked(float, lambda value: True, "a finite number")
-
-
-def nonempty(text):
-    """An argparse type: a text that is not empty, with ~ for the home folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: is the variable set that it comes from?")
-    return os.path.expanduser(text)
-
-
-def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(description="Writes the soft preference of each pair of a data set.")
-    group = parser.add_argument_group("data")
-    add = group.add_mutually_exclusive_group(required=True).add_argument
-    add("--dataset_name", type=nonempty, help=f"Data set: {DATASET_ACCEPTED}.")
-    text = f"Write a data set, without soft labels, of your own pairs: {FOLDERS_ACCEPTED}."
-    add("--pairs_from", type=nonempty, help=text)
-    add = group.add_argument
-    add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
-    add("--streaming", action="store_true", help="Read a data set on the Hub in place, not downloaded first.")
-    add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")
-    add("--caption_column", default="caption", help="Prompt of the images.")
-    text = "What names images 0 and 1, and the comparison if known."
-    add("--key_columns", nargs="+", default=LABEL_KEYS, help=text)
-    add("--human_label_column", default="label_0", help="In {0, 0.5, 1}; ties are left out. May be missing.")
-
-    add = parser.add_argument_group("reward model").add_argument
-    text = f"Reward model: {REWARDS_ACCEPTED}."
-    add("--reward_model", type=reward_name, default="pickscore", help=text)
-    text = "Range of the raw reward. Default: the published one of pickscore, of others that of the scores."
-    add("--score_range", nargs=2, type=finite, metavar=("MIN", "MAX"), help=text)
-
-    add = parser.add_argument_group("memory and speed").add_argument
-    text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
-    add("--batch_size", type=int_from_1, default=64, help="Pairs at a time; fewer where they do not fit.")
-    text = "Processes that read images. Default: the cores, shared out."
-    add("--dataloader_num_workers", type=int_from_0, help=text)
-
-    add = parser.add_argument_group("output").add_argument
-    add("--output_path", type=nonempty, required=True, help="Parquet file to write. It must not exist.")
-    add("--push_to_hub", action="store_true", help="Upload what was written to a data set repository.")
-    add("--hub_dataset_id", help="Repository to upload to. Default: the name of --output_path.")
-    add("--hub_public", action="store_true", help="Make a new repository public, not private.")
-
-    return resolve(parser.parse_args(input_args))
-
-
-def resolve(args):
-    """Checks what no type does, and counts the workers; raises `UserError` with a line for each problem."""
-    low, high = args.score_range or (0, 1)
-    checks = [
-        (not args.output_path.endswith(".parquet"), f"--output_path must end in .parquet, got {args.output_path}."),
-        (low >= high, f"--score_range must be a MIN and a larger MAX, got {low} {high}."),
-        (
-            args.pairs_from and (args.score_range or args.streaming or args.push_to_hub),
-            "--score_range, --streaming and --push_to_hub do nothing with --pairs_from: label what it writes.",
-        ),
-        (
-            (args.hub_dataset_id or args.hub_public) and not args.push_to_hub,
-            "--hub_dataset_id and --hub_public do nothing without --push_to_hub.",
-        ),
-        (
-            len(args.key_columns) not in (2, 3),
-            f"--key_columns takes two or three columns, got {' '.join(args.key_columns)}.",
-        ),
-    ]
-    problems = [sentence for wrong, sentence in checks if wrong]
-    if problems:
-        raise UserError("\n".join(problems))
-    if args.dataloader_num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.dataloader_num_workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return args
+# ---- The run --------------------------------------------------------------------------------------------------------
 
 
 def main(args):
@@ -1122,8 +1156,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except UserError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)  # alone, without a traceback
-        sys.exit(2)
+    with short_errors():
+        main(ARGS)

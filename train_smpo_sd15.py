@@ -39,10 +39,10 @@ https://arxiv.org/abs/2506.02698).
 on 8 GPUs has the published hyper-parameters, 1024 pairs a step for 200 steps. relabel_pickapic.py writes
 `labels.parquet`.
 
-Diffusion-DPO noises the two images of a pair at random and asks which one the policy denoises better than the
-reference, for a hard winner. SmPO finds the noise by inverting the image with the policy itself, and the pair weighs
-as much as a reward model is sure of it. The inversion is that of the authors' released code, by which the published
-models were trained; what the paper describes, DDIM moves and a ReNoise correction at t, is `--noising renoise`.
+Diffusion-DPO adds the same random noise to both images of a pair, and trains the policy to denoise the preferred one
+better, relative to a reference, than the other. SmPO finds the noise by inverting each image with the policy itself,
+and a pair weighs as much as a reward model is sure of it. The inversion is that of the authors' released code, from
+which the published models came; the paper's, DDIM moves and a ReNoise correction at t, is `--noising renoise`.
 
     here           in the paper, or by formula
     x_0            clean latents, scaled                                        [N, 4, h, w]
@@ -50,7 +50,7 @@ models were trained; what the paper describes, DDIM moves and a ReNoise correcti
     alpha_bar      cumulative product of 1 - beta, one entry a timestep         [T]
     eps            noise predicted by a UNet
     tau            noise implied by a pair: (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)
-    p_0            alpha / gamma seen from image 0: P(image 0 is preferred), column `soft_label_0`
+    p_0            P(image 0 is preferred), column `soft_label_0`; alpha is gamma times that of the preferred image
     beta, gamma    strength of the pull to the reference; sensitivity to the label
 
 A batch of B pairs is 2B images: image 0 of every pair, then image 1 of every pair.
@@ -61,7 +61,7 @@ Where this parts from the authors' released code, on purpose:
  2. alpha_bar is never held in half precision, where sqrt(1 - alpha_bar) is off by 7 % at t = 0 and 1.
  3. The two images of a pair share one flip.
  4. A pair that cannot be read is replaced by the next one and counted; the others stay in step.
- 5. Every random draw belongs to (seed, epoch, pair), with --streaming to (seed, epoch, process, number of the pair).
+ 5. Every random draw is seeded by (seed, epoch, row), with --streaming by (seed, epoch, process, number of the pair).
  6. Resuming is asked for, never silent, and goes on with the same run or not at all, from checkpoints that are whole.
 """
 
@@ -92,6 +92,251 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+RELEASED_LEVELS = 5  # of the authors' script, its --num_inversion_steps
+NUM_INVERSION_STEPS = 9  # of "renoise" and "ddim": the paper's; 19 was a little better there at twice the cost
+RENOISE_AT = "last_move"  # "few-step DDIM inversion, then one correction at x_t"
+LABEL_KEYS = ["image_0_uid", "image_1_uid", "ranking_id"]  # the columns of a labels file that name a pair
+DATASET_ACCEPTED = "a Hub name, a folder, or a Parquet file or glob; `Dataset.to_parquet` writes one"
+LORA_LAYERS = "to_k,to_q,to_v,to_out.0"
+MAX_VALIDATION_PROMPTS = 32  # in a picture
+LOCK_FILE = ".lock"
+
+
+class UserError(ValueError):
+    """A mistake of the user's; its text says what was found, what is accepted, and what to do."""
+
+    def __init__(self, text):
+        super().__init__(re.sub("://[^/@ ]*@", "://", text))  # no user and password of a URL
+
+
+@contextmanager
+def short_errors():
+    """Ends the program with the text of a `UserError` alone, without a traceback, and with exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).rpartition("UserError: ")[2].strip()  # a data loading process puts its traceback before it
+        print(f"{Path(__file__).name}: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def step_of(checkpoint):
+    """The optimiser step of a folder named `checkpoint-STEP`."""
+    return int(Path(checkpoint).name.split("-")[1])
+
+
+def find_checkpoints(output_dir):
+    """The complete checkpoints of an output folder, folders named `checkpoint-STEP`, oldest first."""
+    found = Path(output_dir).glob("checkpoint-*")
+    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
+
+
+def checked(kind, fits, accepted):
+    """An argparse type: a number of a kind that fits, or else an error that says what is accepted."""
+
+    def parse(text):
+        try:
+            if math.isfinite(float(text)) and fits(kind(text)):
+                return kind(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be {accepted}, got {text}")
+
+    return parse
+
+
+int_from_1 = checked(int, lambda value: value > 0, "a whole number above 0")
+int_from_0 = checked(int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more, of 63 bits")
+above_0 = checked(float, lambda value: value > 0, "a number above 0")
+from_0 = checked(float, lambda value: value >= 0, "a number, 0 or more")
+below_1 = checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
+up_to_1 = checked(float, lambda value: 0 <= value <= 1, "in [0, 1]")
+multiple_of_8 = checked(int, lambda value: value > 0 and value % 8 == 0, "a multiple of 8, the VAE's factor")
+
+
+def nonempty(text):
+    """An argparse type: a text that is not empty, with ~ for the home folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: is the variable set that it comes from?")
+    return os.path.expanduser(text)
+
+
+def is_share(validation_split):
+    """Whether a --validation_split is a share of the training pairs, such as 0.02, and not a split with a name."""
+    return bool(re.fullmatch(r"0?\.\d+", validation_split or ""))
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(
+        description="Fine-tunes Stable Diffusion 1.5 with SmPO-Diffusion.", usage="%(prog)s FLAGS (--help lists them)"
+    )
+    yes = {"action": "store_true"}
+
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, type=nonempty, help="Base model: a Hub name or a folder.")
+    add("--revision", help="Revision of the base model on the Hub.")
+    add("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
+    add("--pretrained_unet_model_name_or_path", type=nonempty, help="UNet to start from, say a fine-tuned one.")
+    add("--pretrained_vae_model_name_or_path", type=nonempty, help="VAE to use, say sdxl-vae-fp16-fix.")
+    add("--rank", type=int_from_1, help="Train a LoRA of this rank. Default: all weights of the UNet.")
+    add("--lora_alpha", type=int_from_1, help="LoRA scale numerator. Default: the rank.")
+    add("--lora_layers", type=nonempty, help=f"Comma-separated modules that get a LoRA. Default: {LORA_LAYERS}.")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", required=True, type=nonempty, help=f"Data set: {DATASET_ACCEPTED}.")
+    add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
+    add("--streaming", **yes, help="Read Parquet files where they lie, on a disk or on the Hub, without a copy.")
+    add("--labels_path", nargs="+", type=nonempty, help="Labels files of relabel_pickapic.py, joined by keys.")
+    add("--label_column", default="soft_label_0", help="P(image 0 is preferred), in the labels or the data.")
+    add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")
+    add("--caption_column", default="caption", help="Prompt of the images.")
+    add("--key_columns", nargs="+", default=LABEL_KEYS, help="What names images 0 and 1, and the comparison if known.")
+    add("--human_label_column", default="label_0", help="In {0, 0.5, 1}; training leaves ties out. May be missing.")
+    add("--max_train_samples", type=int_from_1, help="Train on this many pairs, drawn with --seed.")
+    add("--resolution", type=multiple_of_8, default=512, help="Side of the square images, in pixels.")
+    add("--no_hflip", **yes, help="Never mirror. Otherwise half of the pairs are.")
+    add("--proportion_empty_prompts", type=up_to_1, default=0.2, help="Share of prompts to empty. Published: 0.2.")
+    add("--dataloader_num_workers", type=int_from_0, help="Default: with a GPU as many as cores, 8 at most.")
+
+    add = parser.add_argument_group("method").add_argument
+    ways = ["released", "renoise", "ddim", "forward"]  # the authors' code, their text, its ablation, Diffusion-DPO
+    add("--noising", default="released", choices=ways, help="How x_t is reached; renoise: as the paper describes it.")
+    add("--num_inversion_steps", type=int_from_1, help="n, levels or moves. Default: released 5, SDXL 10; others 9.")
+    add("--renoise_at", choices=["last_move", "every_move"], help=f"Which moves are corrected. Default: {RENOISE_AT}.")
+    add("--beta_dpo", type=above_0, default=2000, help="beta, pull to the reference. Published: 2000, SDXL 5000.")
+    add("--gamma", type=above_0, default=10, help="gamma, sensitivity to the label. Published: 10. Hard labels: 1.")
+    add = parser.add_argument_group("optimisation", "Published: 1024 pairs a step on 8 GPUs, 200 steps").add_argument
+    add("--seed", type=int_from_0, default=0, help="Seed of data order, timesteps and noise.")
+    add("--train_batch_size", type=int_from_1, default=4, help="Pairs per process and micro-batch.")
+    add("--gradient_accumulation_steps", type=int_from_1, default=1, help="Micro-batches per optimiser step.")
+    add("--num_train_epochs", type=int_from_1, default=1, help="Ignored if --max_train_steps is given.")
+    add("--max_train_steps", type=int_from_1, help="Optimiser steps.")
+    add("--learning_rate", type=above_0, help="Default: 1e-8 times the pairs of a step, as published.")
+    schedules = ["linear", "cosine", "constant", "constant_with_warmup"]
+    add("--lr_scheduler", default="constant_with_warmup", choices=schedules, help="Over optimiser steps.")
+    add("--lr_warmup_steps", type=int_from_0, default=0, help="Warm-up, in optimiser steps. Published: 100.")
+    add("--optimizer", default="adamw", choices=["adamw", "adafactor"], help="Published: AdamW; SDXL: Adafactor.")
+    add("--use_8bit_adam", **yes, help="AdamW with 8-bit state, from bitsandbytes.")
+    add("--adam_beta1", type=below_1, default=0.9, help="AdamW only.")
+    add("--adam_beta2", type=below_1, default=0.999, help="AdamW only.")
+    add("--adam_weight_decay", type=from_0, default=1e-2, help="Weight decay of either optimiser.")
+    add("--adam_epsilon", type=above_0, default=1e-8, help="AdamW only.")
+    add("--max_grad_norm", type=above_0, default=1.0, help="Gradients are clipped to this norm.")
+
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's. Trained weights are fp32.")
+    add("--inversion_batch_size", type=int_from_1, default=16, help="Pairs inverted together: more is faster.")
+    add("--gradient_checkpointing", **yes, help="Less memory for a third more compute.")
+    add("--offload", **yes, help="Keep VAE, text encoders and reference on the CPU while they are not in use.")
+    add("--allow_tf32", **yes, help="TF32 matrix products, as convolutions in fp32 always have, on Ampere and later.")
+
+    add = parser.add_argument_group("logging and validation").add_argument
+    trackers = ["tensorboard", "wandb", "trackio", "all", "none"]
+    add("--report_to", default="tensorboard", choices=trackers, help="Where metrics and pictures go.")
+    add("--validation_split", type=nonempty, help="Held-out pairs: a split, or a share of the pairs such as 0.02.")
+    add("--validation_prompts", nargs="+", help="Prompts to draw, or a .txt file with a prompt a line.")
+    add("--num_validation_images", type=int_from_1, default=2, help="Images per validation prompt.")
+    add("--validation_steps", type=int_from_1, default=50, help="Validate every so many optimiser steps.")
+    add("--validation_inference_steps", type=int_from_1, default=50, help="Denoising steps of validation images.")
+
+    add = parser.add_argument_group("checkpoints and output").add_argument
+    add("--output_dir", required=True, type=nonempty, help="Where checkpoints, logs and the final model go.")
+    add("--checkpointing_steps", type=int_from_1, default=50, help="Save every so many steps, and the last.")
+    add("--checkpoints_total_limit", type=int_from_1, help="Keep the newest so many checkpoints.")
+    add("--resume_from_checkpoint", type=nonempty, help='Folder to go on from, or "latest", if any.')
+    add("--push_to_hub", **yes, help="Upload model, card and pictures; a new repository is private.")
+    add("--hub_public", **yes, help="Upload to a public one.")
+    add("--hub_model_id", help="Repository to upload to. Default: the name of --output_dir.")
+    return resolve(parser.parse_args(input_args))
+
+
+# (flag, what it needs, whether that is so)
+NEEDS = [
+    ("revision", "a base model on the Hub", lambda args: not Path(args.pretrained_model_name_or_path).exists()),
+    ("lora_alpha", "--rank", lambda args: args.rank),
+    ("lora_layers", "--rank", lambda args: args.rank),
+    ("hub_model_id", "--push_to_hub", lambda args: args.push_to_hub),
+    ("hub_public", "--push_to_hub", lambda args: args.push_to_hub),
+    ("renoise_at", "--noising renoise", lambda args: args.noising == "renoise"),
+    ("num_inversion_steps", "another --noising than forward", lambda args: args.noising != "forward"),
+    ("use_8bit_adam", "--optimizer adamw", lambda args: args.optimizer == "adamw"),
+    ("lr_warmup_steps", "another --lr_scheduler than constant", lambda args: args.lr_scheduler != "constant"),
+]
+
+
+def resolve(args):
+    """The command line with everything filled in that depends on other flags; the only place that changes it.
+
+    Raises:
+        UserError: with every problem that the flags alone show, one a line, before anything is loaded.
+    """
+    problems = [
+        f"--{flag} does nothing without {needed}: give both, or leave it out."
+        for flag, needed, holds in NEEDS
+        if getattr(args, flag) and not holds(args)
+    ]
+    if args.image_columns[0] == args.image_columns[1]:
+        problems.append(f"--image_columns takes two different columns, got {' '.join(args.image_columns)}.")
+    if len(args.key_columns) not in (2, 3):
+        problems.append(f"--key_columns takes 2 or 3 columns, got {' '.join(args.key_columns)}.")
+    if args.streaming and is_share(args.validation_split):
+        problems.append("--validation_split with a share does not go with --streaming: name a split.")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
+        problems.append(f"--report_to {args.report_to} needs it: pip install -U accelerate {args.report_to}.")
+    for file in args.labels_path or []:
+        if not Path(file).is_file():
+            problems.append(f"--labels_path {file} is not a file: write it with relabel_pickapic.py.")
+    if len(args.validation_prompts or []) == 1 and args.validation_prompts[0].endswith((".txt", ".text")):
+        file = args.validation_prompts[0]
+        try:
+            lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+            args.validation_prompts = [line.strip() for line in lines if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"--validation_prompts {file} is no text file in UTF-8 with a prompt a line: {error}.")
+        if not args.validation_prompts:
+            problems.append(f"--validation_prompts {file} has no prompts.")
+    if len(args.validation_prompts or []) > MAX_VALIDATION_PROMPTS:
+        found = f"{len(args.validation_prompts)} prompts, more than {MAX_VALIDATION_PROMPTS} for a picture"
+        problems.append(f"--validation_prompts has {found}: give fewer; evaluate_smpo.py draws many.")
+
+    checkpoints, asked, folder = find_checkpoints(args.output_dir), args.resume_from_checkpoint, args.output_dir
+    found = sorted(path.name for path in Path(args.output_dir).glob("*") if path.name != LOCK_FILE)
+    if asked is None and found:
+        advice = "give --resume_from_checkpoint latest to go on with its run, or another folder"
+        problems.append(f"--output_dir {folder} is not empty, it holds {', '.join(found[:5])}: {advice}.")
+    elif asked == "latest":
+        args.resume_from_checkpoint = str(checkpoints[-1]) if checkpoints else None
+    elif asked is not None and Path(asked) not in find_checkpoints(Path(asked).parent):
+        problems.append(f"--resume_from_checkpoint {asked} is not an existing folder named checkpoint-STEP.")
+    elif asked is not None and checkpoints and step_of(checkpoints[-1]) > step_of(asked):
+        newest, advice = checkpoints[-1].name, "give another --output_dir, or move the newer ones away"
+        problems.append(f"--resume_from_checkpoint {asked} is older than {newest} in --output_dir {folder}: {advice}.")
+    if problems:
+        raise UserError("\n".join(problems))
+
+    if args.rank is not None:
+        args.lora_alpha = args.lora_alpha or args.rank
+        args.lora_layers = args.lora_layers or LORA_LAYERS
+    if args.noising != "forward":
+        usual = RELEASED_LEVELS if args.noising == "released" else NUM_INVERSION_STEPS
+        args.num_inversion_steps = args.num_inversion_steps or usual
+    if args.noising == "renoise":
+        args.renoise_at = args.renoise_at or RENOISE_AT
+    return args
+
+
+# Here, so that a mistake in a flag is told before the imports below, which take seconds.
+# ruff: noqa: E402
+if __name__ == "__main__":
+    with short_errors():
+        ARGS = parse_args()
+
+
 import accelerate
 import datasets
 import numpy as np
@@ -102,9 +347,8 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import ProjectConfiguration, gather_object
-from datasets import load_dataset
+from datasets import load_dataset, load_dataset_builder
 from datasets.distributed import split_dataset_by_node
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
@@ -119,8 +363,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params, free_memory, offload_models
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params, free_memory, offload_models
 from diffusers.utils import check_min_version, is_accelerate_version
 
 
@@ -128,7 +372,7 @@ check_min_version("0.35.0")
 
 logger = get_logger(__name__)
 
-# What tells this script from its sibling for the other model, besides some functions and defaults.
+# In which this script differs from its sibling, besides `encode_prompts`, `call_unet` and some defaults.
 PIPELINE = StableDiffusionPipeline
 PIPELINE_OPTIONS = {"safety_checker": None}  # of validation
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel}
@@ -136,29 +380,24 @@ TOKENIZERS = ["tokenizer"]
 ADDITION_EMBED_TYPE = None
 ACCEPTED_MODELS = "Stable Diffusion 1.x and 2.x text-to-image models; for SDXL there is train_smpo_sdxl.py"
 MODEL_LICENSE, MODEL_TAG = "creativeml-openrail-m", "stable-diffusion"
-RELEASED_LEVELS = 5  # of the authors' script, its --num_inversion_steps
 VAE_BATCH_SIZE = 8  # images
 VAE_MAY_OVERFLOW = False  # in half precision, where its configuration says `force_upcast`
 
-DATASET_ACCEPTED = "a Hub name, a folder, or a Parquet file or glob; `Dataset.to_parquet` writes one"
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would also start Ghostscript for PostScript
-MAX_PIXELS = 50_000_000  # of an image; a small file can hold more than memory does
-LABEL_KEYS = ["image_0_uid", "image_1_uid", "ranking_id"]  # the columns of a labels file that name a pair
+MAX_PIXELS, MAX_ASPECT = 50_000_000, 100  # of an image; a small file can hold more than memory does
 LEARNING_RATE_PER_PAIR = 1e-8  # published, as its authors scale it: 1.024e-5 at 1,024 pairs a step
-NUM_INVERSION_STEPS = 9  # of "renoise" and "ddim": the paper's; 19 was a little better there at twice the cost
-RENOISE_AT = "last_move"  # "few-step DDIM inversion, then one correction at x_t"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 KOHYA_LORA_FILE = "pytorch_lora_weights_kohya.safetensors"  # for ComfyUI and A1111
-LORA_LAYERS = "to_k,to_q,to_v,to_out.0"
 MAX_WORKERS = 8
 MIXED_ROW_GROUPS, STREAM_ROWS, READ_AHEAD = 16, 16, 32  # of streamed data: in turns, rows at a time, pairs in advance
 PROCESS_TIMEOUT = timedelta(hours=6)  # how long processes wait for the first one to prepare a data set
 STOP_SIGNALS = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal with a checkpoint saved, to be started again
-RECORD_FILE, LOCK_FILE = "training_args.json", ".lock"
-NUM_VALIDATION_PAIRS, MAX_VALIDATION_PROMPTS = 256, 32
+RECORD_FILE = "training_args.json"
+NUM_VALIDATION_PAIRS = 256
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
 MAX_BAD_SHARE, MIN_BAD_PAIRS = 0.1, 10  # a run stops if more of the drawn pairs, and more than these, cannot be read
+MAX_BAD_IN_A_ROW = 1000
 MAX_NONFINITE_STEPS = 20  # in a row; fp16 takes some to find its scale
 # A resumed run has these in common with its start, besides what `record_of_run` knows of data and machine.
 SAME_RUN = """
@@ -168,13 +407,6 @@ SAME_RUN = """
     inversion_batch_size gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps optimizer use_8bit_adam
     adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
 """.split()
-
-
-class UserError(ValueError):
-    """A mistake of the user's; its text says what was found, what is accepted, and what to do."""
-
-    def __init__(self, text):
-        super().__init__(re.sub("://[^/@ ]*@", "://", text))  # no user and password of a URL
 
 
 # ---- The maths: pure functions of tensors ---------------------------------------------------------------------------
@@ -255,7 +487,7 @@ def released_timesteps(t, num_inversion_steps, num_train_timesteps):
 
 @torch.no_grad()
 def invert(predict_noise, x_0, t, alpha_bar, num_inversion_steps, noising, renoise_at):
-    """Latents `x_t` from which DDIM sampling with this model would come back to `x_0`.
+    """Noisy latents `x_t` of `x_0`: the model's deterministic sampling run backwards, from clean latents up to t.
 
     "ddim" moves from clean latents up to t along `inversion_timesteps`, each move with the prediction at its source.
     "renoise" redoes a move from the same source with the prediction at its destination: one fixed-point iteration on
@@ -264,9 +496,9 @@ def invert(predict_noise, x_0, t, alpha_bar, num_inversion_steps, noising, renoi
     mean of the predictions before and after it, both conditioned on its source.
 
     Args:
-        predict_noise: `predict_noise(x, t, rows)`, the noise in latents `x` `[R, ...]` at timesteps `t` `[R]`, for the
-            rows `rows` `[R]` that still move, in any order. Clean latents come with timestep 0, or in "released" with
-            its negative one.
+        predict_noise: `predict_noise(x, t, rows)`, the noise in latents `x` `[R, ...]` at timesteps `t` `[R]` of those
+            samples that still move; `rows` `[R]` are their places in the batch, to pick their prompts by. Clean
+            latents come with timestep 0, or in "released" with its negative level.
         x_0: clean latents, `[N, ...]`, float32 or float64.
         t: timestep of each sample, int64 `[N]`; on the CPU it costs no synchronisation.
         alpha_bar: cumulative alphas, `[T]`.
@@ -287,13 +519,14 @@ def invert(predict_noise, x_0, t, alpha_bar, num_inversion_steps, noising, renoi
     # Those that make most moves come first: who still moves is a slice, and nothing waits for the GPU between moves.
     order = num_moves.argsort(descending=True, stable=True)
     moving = [int((num_moves > move).sum()) for move in range(int(num_moves.max()))]
-    levels, rows = levels[order].T.to(x_0.device), order.to(x_0.device)
+    levels, rows = levels[order].T.to(x_0.device), order.to(x_0.device)  # [n + 1, N] and [N], places in the batch
     clean = alpha_bar[:1] if released else alpha_bar.new_ones(1)
     alphas = torch.cat([clean, alpha_bar]).to(x_0.device)[levels.clamp(min=-1) + 1]  # [n + 1, N]
     x = x_0[rows]
     x_last, alpha_last = x.clone(), alphas[0].clone()  # where the last move of each starts
 
     for move, count in enumerate(moving):
+        # Source and destination of the samples that still move, [count].
         (s, d), (alpha_s, alpha_d) = levels[move : move + 2, :count], alphas[move : move + 2, :count]
         x_s = x[:count].clone()
         eps = predict_noise(x_s, s if released else s.clamp(min=0), rows[:count])
@@ -332,9 +565,10 @@ def noise_from_prediction(model_pred, x_t, alpha_bar_t, prediction_type):
 def smpo_loss(model_errors, ref_errors, soft_label_0, beta, gamma):
     """Loss of SmPO-Diffusion over B pairs: the mean of `-log sigmoid(-0.5 beta gamma (2 p_0 - 1) D)`.
 
-    D is how much more the policy errs than the reference on image 0, less the same on image 1; `gamma (2 p - 1)` is
-    the paper's 2 alpha - gamma. With p_0 in {0, 1} and gamma = 1 this is Diffusion-DPO's loss, whose code has the same
-    0.5 and takes errors as means over pixels; beta 2000 and 5000 are stated in that convention.
+    D is the policy's error less the reference's of image 0, less the same of image 1: below 0 if the policy has gained
+    more on image 0. `gamma (2 p - 1)` is the paper's 2 alpha - gamma. With p_0 in {0, 1} and gamma = 1 this is
+    Diffusion-DPO's loss, whose code has the same 0.5 and takes errors as means over pixels; beta 2000 and 5000 are
+    stated in that convention.
 
     Args:
         model_errors: mean squared error of the policy's noise prediction for each image, `[2B]`, images 0 first.
@@ -384,10 +618,11 @@ class MicroBatch:
 def invert_and_judge(batch, context):
     """The part of the paper's algorithm that has no gradient: x_t of each image, tau, and the reference's errors.
 
-    Within an optimiser step the policy does not change, so that many micro-batches are encoded and inverted together.
-    The reference judges each as the policy will, in the shape of a micro-batch. Kernels round by the shape, which beta
-    times gamma magnifies: on the tiny models a batch 16 times as large moved the argument of log sigmoid by 1e-5 (6e-4
-    at most) in fp32, other kernels by 0.1 (5 at most) in bf16. Judged alike, both are equal before the first step.
+    The policy does not change within an optimiser step, so many micro-batches are encoded and inverted in one call.
+    The reference's errors are then computed micro-batch by micro-batch, in the shape in which the policy's will be:
+    kernels round differently in another shape, and beta times gamma magnifies that. On the tiny models a batch 16
+    times as large moved the argument of log sigmoid by 1e-5 (6e-4 at most) in fp32, other kernels by 0.1 (5 at most)
+    in bf16. So both models agree exactly before the first step.
 
     Takes P pairs, from `collate_pairs`, and returns a list of `MicroBatch`es of --train_batch_size pairs each.
     """
@@ -398,7 +633,7 @@ def invert_and_judge(batch, context):
         x_0 = encode_images(batch["pixel_values"], models["vae"], seeds_0 + seeds_1)  # [2P, C, h, w]
     with offload_models(*(models[part] for part in TEXT_ENCODERS), device=device, offload=args.offload):
         cond = {key: torch.cat([value, value]) for key, value in encode_prompts(batch["captions"], models).items()}
-    t = batch["timesteps"].repeat(2)  # on the CPU, so that the inversion can be laid out without waiting for the GPU
+    t = batch["timesteps"].repeat(2)  # [2P], on the CPU: the inversion is laid out without waiting for the GPU
     t_device = t.to(device)
     if args.noising == "forward":
         noise = seeded_noise(noise_seeds, x_0.shape[1:]).to(device)
@@ -532,8 +767,9 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
 
 
 def load_network(part, network_class, args, dtype=None):
-    """A UNet or a VAE in `dtype`, or without one only its configuration: that of --pretrained_PART_model_name_or_path
-    (a folder of its own, a pipeline or a checkpoint of this script), or else the base model's."""
+    """The `part` "unet" or "vae" in `dtype`, or without one only its configuration: from
+    --pretrained_PART_model_name_or_path if given (a folder of its own, a pipeline or a checkpoint of this script),
+    else from the base model."""
     flag, source = f"pretrained_{part}_model_name_or_path", {}
     if getattr(args, flag) is None:
         flag = "pretrained_model_name_or_path"
@@ -549,8 +785,7 @@ def load_network(part, network_class, args, dtype=None):
             raise ValueError(f"its {part} is a {config.get('_class_name')}, not a {network_class.__name__}")
         if dtype is None:
             return config
-        network = network_class.from_pretrained(name, use_safetensors=True, **source)
-        return torch.nn.Module.to(network, dtype)  # diffusers' own would warn of modules to be kept in fp32, of none
+        return network_class.from_pretrained(name, torch_dtype=dtype, use_safetensors=True, **source)
 
 
 def check_models(args):
@@ -616,8 +851,8 @@ def load_models(args, device, weight_dtype):
 
 
 def load_reference(args, device, weight_dtype):
-    """The frozen reference for full fine-tuning. Its convolutions and linear layers are rounded as autocast rounds the
-    policy's: otherwise it would not be the policy's start, and beta magnifies the difference."""
+    """The frozen reference for full fine-tuning. Autocast rounds the policy's convolution and linear weights at every
+    use; the reference's are stored rounded, so that both start equal: beta would magnify a difference."""
     ref_unet = load_network("unet", UNet2DConditionModel, args, torch.float32).requires_grad_(False)
     for module in ref_unet.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
@@ -632,8 +867,12 @@ def set_up_unets(accelerator, models, weight_dtype, args):
     if args.rank is not None:
         unet.requires_grad_(False)
         with explain_errors("lora_layers", args.lora_layers, "names of linear or convolutional modules of the UNet"):
-            options = {"init_lora_weights": "gaussian", "target_modules": args.lora_layers.split(",")}
+            layers = [layer.strip() for layer in args.lora_layers.split(",")]
+            options = {"init_lora_weights": "gaussian", "target_modules": layers}
             unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, **options))
+            adapted = [name for name, module in unet.named_modules() if hasattr(module, "lora_A")]
+            if unknown := [layer for layer in layers if not any(f".{name}".endswith(f".{layer}") for name in adapted)]:
+                raise ValueError(f"the UNet has no {' and no '.join(unknown)}")
         cast_training_params(unet, dtype=torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -660,11 +899,14 @@ def load_data(flag, args, streaming=False, columns=None):
     with explain_errors("dataset_name", f"{name} --{flag} {split}", accepted):
         if name.endswith(".parquet"):
             if flag == "validation_split":
-                raise ValueError("it is one split, that of the training pairs: give a share, or data with several")
+                raise ValueError("it is one split, that of the training pairs: give data with several, or a share")
             data = load_dataset("parquet", data_files={split: name}, split=split, **options)
         elif Path(name).is_file():
             raise ValueError("it is a file, and none named .parquet: pandas converts others")
         else:
+            if args.streaming and not streaming:  # without other splits, which `datasets` would copy, too
+                name, files = "parquet", load_dataset_builder(name).config.data_files
+                options["data_files"] = {split: files[split]}
             data = load_dataset(name, split=split, **options)
         for column, feature in data.features.items():
             if isinstance(feature, datasets.Image):
@@ -686,7 +928,8 @@ def decode_image(data, side=None):
     It is turned upright by its EXIF orientation; what is transparent becomes white; 16-bit grey becomes 8-bit; of an
     animation it is the first frame. A JPEG is decoded at a half, a quarter or an eighth of its size, which is far
     faster, where both sides stay at least `side` pixels long. A `ValueError` says that it is missing, empty, damaged,
-    in another format than `IMAGE_FORMATS`, larger than `MAX_PIXELS`, or a path: no row may name a file to be read.
+    in another format than `IMAGE_FORMATS`, larger than `MAX_PIXELS`, beyond `MAX_ASPECT` to 1, or a path: no row may
+    name a file to be read.
     """
     try:
         if isinstance(data, dict):
@@ -696,8 +939,9 @@ def decode_image(data, side=None):
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         if side is not None:
             image.draft(None, (side, side))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
+            limits = f"{MAX_PIXELS:,} or of more than {MAX_ASPECT} to 1"
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {limits}")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # Pillow would clip them to white
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -742,10 +986,10 @@ def join_labels(keys, split, args):
 
 @dataclass
 class Pairs(torch.utils.data.Dataset):
-    """K preference pairs, looked up by (epoch, index).
+    """K preference pairs: `pairs[epoch, index]`, of which `rows[index]` is the row in `data`.
 
-    Everything random about a pair (mirroring, emptied prompt, timestep, noise) is drawn from (seed, epoch, row of the
-    data set), so it depends neither on the batch, nor on the process, nor on where a run was resumed.
+    Everything random about a pair (mirroring, emptied prompt, timestep, noise) is drawn from (seed, epoch, row), so it
+    depends neither on the batch, nor on the process, nor on where a run was resumed.
     """
 
     data: datasets.Dataset  # or an `IterableDataset`, with --streaming
@@ -761,14 +1005,16 @@ class Pairs(torch.utils.data.Dataset):
     def __getitem__(self, key):
         """The pair, or the next one that can be read; `problems` says why those before could not."""
         (epoch, first), problems = key, []
-        for index in [*range(first, len(self)), *range(first)]:
+        for distance in range(min(len(self), MAX_BAD_IN_A_ROW)):
+            index = (first + distance) % len(self)
             row = int(self.rows[index])
             try:
                 example = prepare_pair(self.data[row], self.soft_labels_0[index], self.draw(epoch, row), self.args)
                 return {**example, "problems": problems}
             except ValueError as error:
                 problems.append(f"row {row} of the data set: {error}")
-        raise UserError(f"None of the {len(self)} pairs of {self.args.dataset_name} can be read, {problems[-1]}.")
+        number = len(problems)
+        raise UserError(f"None of {number} pairs in a row of {self.args.dataset_name} can be read, {problems[-1]}.")
 
     def draw(self, *numbers):
         """Everything random about a pair; all of it is drawn in any case, so that no flag changes the rest."""
@@ -841,7 +1087,8 @@ def select_pairs(data, num_train_timesteps, args):
 
 
 def hold_out(pairs, args):
-    """Which pairs a --validation_split that is a share holds out, bool `[K]`: all pairs of some prompts."""
+    """Which pairs to hold out, bool `[K]`: all of some captions, which nothing else is trained on, and at least the
+    share --validation_split."""
     captions = read_columns(pairs.data, [args.caption_column], args)[args.caption_column]
     prompt_of_pair = pd.factorize(captions)[0][pairs.rows]
     prompts, counts = np.unique(prompt_of_pair, return_counts=True)
@@ -861,6 +1108,9 @@ def load_pairs(accelerator, num_train_timesteps, args):
     pairs, held_out = load("dataset_split_name", args.streaming), None
     if is_share(args.validation_split):
         chosen = hold_out(pairs, args)
+        if chosen.all():
+            problem = f"--validation_split {args.validation_split} holds out captions as a whole, which here are all"
+            raise UserError(f"{problem}: leave it out, or name another split.")
         held_out, pairs = pairs.subset(chosen), pairs.subset(~chosen)
     elif args.validation_split is not None:
         held_out = load("validation_split")
@@ -967,7 +1217,7 @@ def streamed_examples(pairs, state, accelerator, args):
         if position is not None:
             stream.load_state_dict(position)
         before = drawn
-        with explain_errors("dataset_name", name, "whole Parquet files: fetch them again"):
+        with explain_errors("dataset_name", name, "whole Parquet files within reach: mend that and resume"):
             for pair in stream:
                 key = tuple(str(pair[column]) for column in columns)
                 if key not in label_of:
@@ -977,12 +1227,15 @@ def streamed_examples(pairs, state, accelerator, args):
                     example = prepare_pair(pair, label_of[key], pairs.draw(epoch, rank, drawn), args)
                 except ValueError as error:
                     problems.append(f"{key}: {error}")
+                    if len(problems) == min(len(pairs), MAX_BAD_IN_A_ROW):
+                        number = len(problems)
+                        raise UserError(f"None of {number} pairs in a row of {name} can be read, {problems[-1]}.")
                     continue
                 yield {**example, "problems": problems, "state": (epoch, drawn, stream.state_dict())}
                 problems = []
-        if (drawn == before and position is None) or len(problems) > len(pairs):
-            reason = problems[-1] if problems else "--key_columns fit no label, or processes outnumber row groups"
-            raise UserError(f"No pair of --dataset_name {name} can be read by process {rank}: {reason}.")
+        if drawn == before and position is None:
+            reason = "--key_columns fit no label, or processes outnumber row groups"
+            raise UserError(f"No pair of --dataset_name {name} comes to process {rank}: {reason}.")
         epoch, position = epoch + 1, None
 
 
@@ -1046,21 +1299,9 @@ class Progress:
     """Where a run is; saved in the `RECORD_FILE` of every checkpoint."""
 
     step: int = 0  # optimiser steps taken
-    tried: int = 0  # those that were not finite included; the data go by these
+    tried: int = 0  # steps attempted, those not finite included; the place in the data is counted by these
     skipped_pairs: int = 0
-    metrics: dict = field(default_factory=dict)  # of the last step
     positions: list = field(default_factory=list)  # with --streaming, of this process; in a file, of every one
-
-
-def step_of(checkpoint):
-    """The optimiser step of a folder named `checkpoint-STEP`."""
-    return int(Path(checkpoint).name.split("-")[1])
-
-
-def find_checkpoints(output_dir):
-    """The complete checkpoints of an output folder, folders named `checkpoint-STEP`, oldest first."""
-    found = Path(output_dir).glob("checkpoint-*")
-    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
 
 
 def save_lora(unet, folder):
@@ -1068,7 +1309,7 @@ def save_lora(unet, folder):
     in kohya-ss' sd-scripts, each layer with its alpha. Equal runs write equal files."""
     layers = {f"unet.{name}": value.contiguous() for name, value in get_peft_model_state_dict(unet).items()}
     # As diffusers' `save_lora_weights`, but for the entry "format": safetensors writes several entries in any order.
-    config = _collate_lora_metadata({"unet": unet})["unet_lora_adapter_metadata"]  # has lora_alpha
+    config = unet.peft_config["default"].to_dict()
     metadata = json.dumps({f"unet.{name}": value for name, value in config.items()}, default=sorted, sort_keys=True)
     of_diffusers = diffusers.utils.convert_state_dict_to_diffusers(layers)
     save_file(of_diffusers, Path(folder) / LORA_FILE, metadata={"lora_adapter_metadata": metadata})
@@ -1203,7 +1444,8 @@ def require_same_run(record, args):
     then, now = ({**{f"--{name}": r["args"].get(name) for name in kept}, **r["run"]} for r in (saved, record))
     changes = [f"{key}: {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]]
     if changes:
-        hint = "Give what it was started with, or start a run in another --output_dir."
+        hint = "Give what it was started with (pairs also depend on --labels_path, --max_train_samples and"
+        hint += " --validation_split), or start a run in another --output_dir."
         raise UserError("\n".join([f"--resume_from_checkpoint {path.parent} is of another run:", *changes, hint]))
     record["wandb_id"], record["progress"] = saved["wandb_id"], saved["progress"]
 
@@ -1331,20 +1573,17 @@ def validate_pairs(accelerator, held_out, context):
 
 
 def validate(accelerator, held_out, base_images, step, context):
-    """What --validation_split and --validation_prompts ask for after an optimiser step: logs and returns metrics of
-    held-out pairs, and draws the prompts beside `base_images`. All processes call it."""
-    metrics = {}
+    """What --validation_split and --validation_prompts ask for after an optimiser step: logs metrics of held-out
+    pairs, and draws the prompts beside `base_images`. All processes call it."""
     if held_out is not None:
-        metrics = validate_pairs(accelerator, held_out, context)
-        accelerator.log(metrics, step=step)
+        accelerator.log(validate_pairs(accelerator, held_out, context), step=step)
     if base_images:
         images = draw_validation(accelerator, context.models["unet"], context)
         if accelerator.is_main_process:
             show_images(accelerator, base_images, images, step, context.args)
-    return metrics
 
 
-def save_model_card(args, metrics, step):
+def save_model_card(args, step):
     """Writes README.md of the output folder: what was trained from what, on what, how, and how to load it."""
     lora, base = args.rank is not None, published(args.pretrained_model_name_or_path)
     ours = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -1359,10 +1598,7 @@ def save_model_card(args, metrics, step):
         f"```python\nfrom diffusers import {PIPELINE.__name__}\n\n{load}\n```",
         f"![base, tuned](validation/step-{step}.png)\n\nBase left of tuned, a row a prompt: {prompts}\n"
         * bool(prompts),
-        "## Last logged step\n",
-        "| metric | value |\n|---|---|",
-        *(f"| {name} | {value:.5g} |" for name, value in metrics.items()),
-        "\n## Recipe\n",
+        "## Recipe\n",
         "| flag | value |\n|---|---|",
         *(f"| `{name}` | `{value}` |" for name, value in recipe.items()),
     ]
@@ -1383,7 +1619,7 @@ def published(value):
     return Path(value).name if Path(value).exists() else re.sub("://[^/@]*@", "://", value)
 
 
-def save_final(unet, metrics, step, args):
+def save_final(unet, step, args):
     """Writes the result to the output folder, the LoRA in two formats or a whole pipeline, and the model card; uploads
     it if asked to. A `UserError` says that the upload failed, after all is written."""
     if args.rank is not None:
@@ -1396,7 +1632,7 @@ def save_final(unet, metrics, step, args):
         for part in (pipeline, pipeline.unet, pipeline.vae):
             part.register_to_config(_name_or_path=published(part.config["_name_or_path"]))
         pipeline.save_pretrained(args.output_dir)
-    save_model_card(args, metrics, step)
+    save_model_card(args, step)
     if args.push_to_hub:
         ours = ["checkpoint-*", "partial-checkpoint-*", "logs/*", RECORD_FILE, LOCK_FILE]
         name = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -1406,208 +1642,6 @@ def save_final(unet, metrics, step, args):
         except Exception as error:  # over the years huggingface_hub has had the errors of two HTTP libraries
             advice = "Start the same command again with --resume_from_checkpoint latest to upload it."
             raise UserError(f"{args.output_dir} is complete, and cannot be uploaded: {error}\n{advice}") from error
-
-
-# ---- Command line ---------------------------------------------------------------------------------------------------
-
-
-def checked(kind, fits, accepted):
-    """An argparse type: a number of a kind that fits, or else an error that says what is accepted."""
-
-    def parse(text):
-        try:
-            if math.isfinite(float(text)) and fits(kind(text)):
-                return kind(text)
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"must be {accepted}, got {text}")
-
-    return parse
-
-
-int_from_1 = checked(int, lambda value: value > 0, "a whole number above 0")
-int_from_0 = checked(int, lambda value: 0 <= value < 2**63, "a whole number, 0 or more, of 63 bits")
-above_0 = checked(float, lambda value: value > 0, "a number above 0")
-from_0 = checked(float, lambda value: value >= 0, "a number, 0 or more")
-below_1 = checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
-up_to_1 = checked(float, lambda value: 0 <= value <= 1, "in [0, 1]")
-multiple_of_8 = checked(int, lambda value: value > 0 and value % 8 == 0, "a multiple of 8, the VAE's factor")
-
-
-def nonempty(text):
-    """An argparse type: a text that is not empty, with ~ for the home folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: is the variable set that it comes from?")
-    return os.path.expanduser(text)
-
-
-def is_share(validation_split):
-    """Whether a --validation_split is a share of the training pairs, such as 0.02, and not a split with a name."""
-    return bool(re.fullmatch(r"0?\.\d+", validation_split or ""))
-
-
-def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(
-        description="Fine-tunes Stable Diffusion 1.5 with SmPO-Diffusion.", usage="%(prog)s FLAGS (--help lists them)"
-    )
-    yes = {"action": "store_true"}
-
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, type=nonempty, help="Base model: a Hub name or a folder.")
-    add("--revision", help="Revision of the base model on the Hub.")
-    add("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
-    add("--pretrained_unet_model_name_or_path", type=nonempty, help="UNet to start from, say a fine-tuned one.")
-    add("--pretrained_vae_model_name_or_path", type=nonempty, help="VAE to use, say sdxl-vae-fp16-fix.")
-    add("--rank", type=int_from_1, help="Train a LoRA of this rank. Default: all weights of the UNet.")
-    add("--lora_alpha", type=int_from_1, help="LoRA scale numerator. Default: the rank.")
-    add("--lora_layers", type=nonempty, help=f"Comma-separated modules that get a LoRA. Default: {LORA_LAYERS}.")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", required=True, type=nonempty, help=f"Data set: {DATASET_ACCEPTED}.")
-    add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
-    add("--streaming", **yes, help="Read Parquet files where they lie, on a disk or on the Hub, without a copy.")
-    add("--labels_path", nargs="+", type=nonempty, help="Labels files of relabel_pickapic.py, joined by keys.")
-    add("--label_column", default="soft_label_0", help="P(image 0 is preferred), in the labels or the data.")
-    add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")
-    add("--caption_column", default="caption", help="Prompt of the images.")
-    add("--key_columns", nargs="+", default=LABEL_KEYS, help="What names images 0 and 1, and the comparison if known.")
-    add("--human_label_column", default="label_0", help="In {0, 0.5, 1}; ties are left out. May be missing.")
-    add("--max_train_samples", type=int_from_1, help="Train on this many pairs, drawn with --seed.")
-    add("--resolution", type=multiple_of_8, default=512, help="Side of the square images, in pixels.")
-    add("--no_hflip", **yes, help="Never mirror. Otherwise half of the pairs are.")
-    add("--proportion_empty_prompts", type=up_to_1, default=0.2, help="Share of prompts to empty. Published: 0.2.")
-    add("--dataloader_num_workers", type=int_from_0, help="Default: with a GPU as many as cores, 8 at most.")
-
-    add = parser.add_argument_group("method").add_argument
-    ways = ["released", "renoise", "ddim", "forward"]  # the authors' code, their text, its ablation, Diffusion-DPO
-    add("--noising", default="released", choices=ways, help="How x_t is reached; renoise: as the paper describes it.")
-    add("--num_inversion_steps", type=int_from_1, help="n, moves to the last t. Default: 5, SDXL 10; others 9.")
-    add("--renoise_at", choices=["last_move", "every_move"], help=f"Which moves are corrected. Default: {RENOISE_AT}.")
-    add("--beta_dpo", type=above_0, default=2000, help="beta, pull to the reference. Published: 2000, SDXL 5000.")
-    add("--gamma", type=above_0, default=10, help="gamma, sensitivity to the label. Published: 10. Hard labels: 1.")
-    add = parser.add_argument_group("optimisation", "Published: 1024 pairs a step on 8 GPUs, 200 steps").add_argument
-    add("--seed", type=int_from_0, default=0, help="Seed of data order, timesteps and noise.")
-    add("--train_batch_size", type=int_from_1, default=4, help="Pairs per process and micro-batch.")
-    add("--gradient_accumulation_steps", type=int_from_1, default=1, help="Micro-batches per optimiser step.")
-    add("--num_train_epochs", type=int_from_1, default=1, help="Ignored if --max_train_steps is given.")
-    add("--max_train_steps", type=int_from_1, help="Optimiser steps.")
-    add("--learning_rate", type=above_0, help="Default: 1e-8 times the pairs of a step, as published.")
-    schedules = [schedule.value for schedule in SchedulerType if schedule != SchedulerType.PIECEWISE_CONSTANT]
-    add("--lr_scheduler", default="constant_with_warmup", choices=schedules, help="Over optimiser steps.")
-    add("--lr_warmup_steps", type=int_from_0, default=0, help="Warm-up, in optimiser steps. Published: 100.")
-    add("--optimizer", default="adamw", choices=["adamw", "adafactor"], help="Published: AdamW; SDXL: Adafactor.")
-    add("--use_8bit_adam", **yes, help="AdamW with 8-bit state, from bitsandbytes.")
-    add("--adam_beta1", type=below_1, default=0.9, help="AdamW only.")
-    add("--adam_beta2", type=below_1, default=0.999, help="AdamW only.")
-    add("--adam_weight_decay", type=from_0, default=1e-2, help="Weight decay of either optimiser.")
-    add("--adam_epsilon", type=above_0, default=1e-8, help="AdamW only.")
-    add("--max_grad_norm", type=above_0, default=1.0, help="Gradients are clipped to this norm.")
-
-    add = parser.add_argument_group("memory and speed").add_argument
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's. Trained weights are fp32.")
-    add("--inversion_batch_size", type=int_from_1, default=16, help="Pairs inverted together: more is faster.")
-    add("--gradient_checkpointing", **yes, help="Less memory for a third more compute.")
-    add("--offload", **yes, help="Keep VAE, text encoders and reference on the CPU while they are not in use.")
-    add("--allow_tf32", **yes, help="TF32 matrix products on Ampere and later GPUs.")
-
-    add = parser.add_argument_group("logging and validation").add_argument
-    trackers = ["tensorboard", "wandb", "trackio", "all", "none"]
-    add("--report_to", default="tensorboard", choices=trackers, help="Where metrics and pictures go.")
-    add("--validation_split", type=nonempty, help="Held-out pairs: a split, or a share of the pairs such as 0.02.")
-    add("--validation_prompts", nargs="+", help="Prompts to draw, or a .txt file with a prompt a line.")
-    add("--num_validation_images", type=int_from_1, default=2, help="Images per validation prompt.")
-    add("--validation_steps", type=int_from_1, default=50, help="Validate every so many optimiser steps.")
-    add("--validation_inference_steps", type=int_from_1, default=50, help="Denoising steps of validation images.")
-
-    add = parser.add_argument_group("checkpoints and output").add_argument
-    add("--output_dir", required=True, type=nonempty, help="Where checkpoints, logs and the final model go.")
-    add("--checkpointing_steps", type=int_from_1, default=50, help="Save every so many steps, and the last.")
-    add("--checkpoints_total_limit", type=int_from_1, help="Keep the newest so many checkpoints.")
-    add("--resume_from_checkpoint", type=nonempty, help='Folder to go on from, or "latest", if any.')
-    add("--push_to_hub", **yes, help="Upload model, card and pictures; a new repository is private.")
-    add("--hub_public", **yes, help="Upload to a public one.")
-    add("--hub_model_id", help="Repository to upload to. Default: the name of --output_dir.")
-    return resolve(parser.parse_args(input_args))
-
-
-# (flag, what it needs, whether that is so)
-NEEDS = [
-    ("revision", "a base model on the Hub", lambda args: not Path(args.pretrained_model_name_or_path).exists()),
-    ("lora_alpha", "--rank", lambda args: args.rank),
-    ("lora_layers", "--rank", lambda args: args.rank),
-    ("hub_model_id", "--push_to_hub", lambda args: args.push_to_hub),
-    ("hub_public", "--push_to_hub", lambda args: args.push_to_hub),
-    ("renoise_at", "--noising renoise", lambda args: args.noising == "renoise"),
-    ("num_inversion_steps", "another --noising than forward", lambda args: args.noising != "forward"),
-    ("use_8bit_adam", "--optimizer adamw", lambda args: args.optimizer == "adamw"),
-    ("lr_warmup_steps", "another --lr_scheduler than constant", lambda args: args.lr_scheduler != "constant"),
-]
-
-
-def resolve(args):
-    """The command line with everything filled in that depends on other flags; the only place that changes it.
-
-    Raises:
-        UserError: with every problem that the flags alone show, one a line, before anything is loaded.
-    """
-    problems = [
-        f"--{flag} does nothing without {needed}: give both, or leave it out."
-        for flag, needed, holds in NEEDS
-        if getattr(args, flag) and not holds(args)
-    ]
-    if args.image_columns[0] == args.image_columns[1]:
-        problems.append(f"--image_columns takes two different columns, got {' '.join(args.image_columns)}.")
-    if len(args.key_columns) not in (2, 3):
-        problems.append(f"--key_columns takes 2 or 3 columns, got {' '.join(args.key_columns)}.")
-    if args.streaming and is_share(args.validation_split):
-        problems.append("--validation_split with a share does not go with --streaming: name a split.")
-    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-        problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    installed = args.report_to in LOGGER_TYPE_TO_CLASS and importlib.util.find_spec(args.report_to) is not None
-    if args.report_to in ("wandb", "trackio") and not installed:
-        problems.append(f"--report_to {args.report_to} needs more: pip install -U accelerate {args.report_to}.")
-    if args.mixed_precision == "bf16" and torch.backends.mps.is_available():
-        problems.append("--mixed_precision bf16 is not supported on MPS: use fp16 or no.")
-    for file in args.labels_path or []:
-        if not Path(file).is_file():
-            problems.append(f"--labels_path {file} is not a file: write it with relabel_pickapic.py.")
-    if len(args.validation_prompts or []) == 1 and args.validation_prompts[0].endswith((".txt", ".text")):
-        file = args.validation_prompts[0]
-        try:
-            lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
-            args.validation_prompts = [line.strip() for line in lines if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"--validation_prompts {file} is no text file in UTF-8 with a prompt a line: {error}.")
-        if not args.validation_prompts:
-            problems.append(f"--validation_prompts {file} has no prompts.")
-    if len(args.validation_prompts or []) > MAX_VALIDATION_PROMPTS:
-        found = f"{len(args.validation_prompts)} prompts, more than {MAX_VALIDATION_PROMPTS} for a picture"
-        problems.append(f"--validation_prompts has {found}: give fewer; evaluate_smpo.py draws many.")
-
-    checkpoints, asked, folder = find_checkpoints(args.output_dir), args.resume_from_checkpoint, args.output_dir
-    found = sorted(path.name for path in Path(args.output_dir).glob("*") if path.name != LOCK_FILE)
-    if asked is None and found:
-        advice = "give --resume_from_checkpoint latest to go on with its run, or another folder"
-        problems.append(f"--output_dir {folder} is not empty, it holds {', '.join(found[:5])}: {advice}.")
-    elif asked == "latest":
-        args.resume_from_checkpoint = str(checkpoints[-1]) if checkpoints else None
-    elif asked is not None and Path(asked) not in find_checkpoints(Path(asked).parent):
-        problems.append(f"--resume_from_checkpoint {asked} is not an existing folder named checkpoint-STEP.")
-    elif asked is not None and checkpoints and step_of(checkpoints[-1]) > step_of(asked):
-        newest, advice = checkpoints[-1].name, "give another --output_dir, or move the newer ones away"
-        problems.append(f"--resume_from_checkpoint {asked} is older than {newest} in --output_dir {folder}: {advice}.")
-    if problems:
-        raise UserError("\n".join(problems))
-
-    if args.rank is not None:
-        args.lora_alpha = args.lora_alpha or args.rank
-        args.lora_layers = args.lora_layers or LORA_LAYERS
-    if args.noising != "forward":
-        usual = RELEASED_LEVELS if args.noising == "released" else NUM_INVERSION_STEPS
-        args.num_inversion_steps = args.num_inversion_steps or usual
-    if args.noising == "renoise":
-        args.renoise_at = args.renoise_at or RENOISE_AT
-    return args
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------
@@ -1644,6 +1678,8 @@ def configure_engine(accelerator, args):
     given, problem = f"--gradient_accumulation_steps {args.gradient_accumulation_steps}", None
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         problem = "--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU."
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "mps":
+        problem = "--mixed_precision bf16 is not supported on MPS: use fp16 or no."
     if accumulation != args.gradient_accumulation_steps:
         problem = f"{given}, but accelerate's configuration says {accumulation}: make them equal."
     if engine == DistributedType.DEEPSPEED:
@@ -1683,8 +1719,8 @@ def make_optimizer(parameters, learning_rate, args):
 
 
 def optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, stop_signals, context):
-    """Takes one optimiser step after the other, and yields after each: its metrics, whether it was taken (one that is
-    not finite changes nothing), and whether a signal asks any of the processes to stop."""
+    """Yields after each attempted optimiser step: its metrics; whether it was taken (not if loss or gradient was not
+    finite, which changes nothing); whether a signal asks any of the processes to stop."""
     args, models = context.args, context.models
     # FSDP has replaced those that the optimiser was made with.
     parameters = [parameter for parameter in models["unet"].parameters() if parameter.requires_grad]
@@ -1723,7 +1759,7 @@ def optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, sto
 
 
 def fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_train_steps, record, context):
-    """Trains up to `max_train_steps`, with logs, checkpoints and validation; returns the metrics of the last step.
+    """Trains up to `max_train_steps`, with logs, checkpoints and validation.
 
     Raises:
         UserError: too many pairs cannot be read, or steps in a row are not finite; it names the last checkpoint.
@@ -1737,14 +1773,13 @@ def fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_tra
     if args.validation_prompts:
         with reference_of(context) as reference:
             base_images = draw_validation(accelerator, reference, context)
-        del reference  # or the policy of a LoRA would outlive `end_run`
+        del reference  # of a LoRA it is the policy, which would outlive `end_run`
     hidden = not accelerator.is_local_main_process
     steps = optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, stop_signals, context)
     with tqdm(total=max_train_steps, initial=progress.step, desc="Steps", unit="step", disable=hidden) as bar:
         while progress.step < max_train_steps:
             started = time.perf_counter()
             logs, taken, stopping = next(steps)
-            progress.metrics = logs
             logs["pairs_per_second"] = pairs_per_step / (time.perf_counter() - started)
             skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
             bad_pairs = progress.skipped_pairs - skipped_before
@@ -1767,7 +1802,7 @@ def fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_tra
                 save_checkpoint(accelerator, progress, record, args)
             if too_many_bad:
                 problem = f"{bad_pairs} of {drawn} pairs cannot be read, more than {MAX_BAD_SHARE:.0%}, see above."
-                raise UserError(f"{problem} {last_checkpoint(args)} Mend the data and resume.")
+                raise UserError(f"{problem} {last_checkpoint(args)} Mend the images, not the rows, and resume.")
             if skipped_in_a_row == MAX_NONFINITE_STEPS:
                 problem = f"Loss or gradient was not finite {skipped_in_a_row} times after step {progress.step}."
                 advice = "Start a run in another --output_dir, with a lower --learning_rate or in bf16."
@@ -1778,15 +1813,14 @@ def fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_tra
                 sys.exit(EXIT_STOPPED)
             if taken and progress.step % args.validation_steps == 0:
                 validated = progress.step
-                logs.update(validate(accelerator, held_out, base_images, validated, context))
+                validate(accelerator, held_out, base_images, validated, context)
     if validated != progress.step:
-        progress.metrics.update(validate(accelerator, held_out, base_images, progress.step, context))
-    return progress.metrics
+        validate(accelerator, held_out, base_images, progress.step, context)
 
 
 def end_run(accelerator, models):
-    """Frees the policy, then the process group: DDP frees it last otherwise, and with gloo waits, holding Python's
-    lock, for a thread that may wait for this lock."""
+    """Frees the policy before the process group. The other way round DDP is freed last and, with gloo, waits for a
+    thread while holding Python's lock, for which that thread may be waiting."""
     models.clear()
     accelerator.free_memory()
     accelerator.end_training()
@@ -1823,10 +1857,10 @@ def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args
         going_on = {"wandb": {"id": run, "resume": "allow"}, "trackio": {"name": run, "resume": "allow"}}
         accelerator.init_trackers("smpo-diffusion", config=flat, init_kwargs=going_on)
 
-    logs = fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_train_steps, record, context)
+    fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_train_steps, record, context)
     policy = plain_unet(accelerator, models["unet"])
     if accelerator.is_main_process:
-        save_final(policy, logs, progress.step, args)
+        save_final(policy, progress.step, args)
     end_run(accelerator, models)
 
 
@@ -1841,13 +1875,14 @@ def main(args):
     if args.resume_from_checkpoint is not None:
         require_same_run(record, args)
     with claim_output(accelerator, record, args):
-        train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args)
+        try:
+            train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args)
+        except torch.OutOfMemoryError as error:
+            advice = "resume with --gradient_checkpointing or --offload, or start with a smaller --train_batch_size or"
+            problem = f"{error}\nThe device has too little memory: {advice} --inversion_batch_size."
+            raise UserError(f"{problem} {last_checkpoint(args)}") from error
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except UserError as error:
-        text = str(error).rpartition("UserError: ")[2].strip()  # a data loading process puts its traceback before it
-        print(f"{Path(__file__).name}: {text}", file=sys.stderr)  # alone, without a traceback
-        sys.exit(2)
+    with short_errors():
+        main(ARGS)

@@ -104,15 +104,16 @@ def test_sdxl_in_bf16_starts_at_the_reference(shard, tmp_path, sdxl):
         ("DEEPSPEED", {}, {}, "DeepSpeed is not supported: configure accelerate for FSDP, version 2"),
         ("NO", {"accumulation": 4}, {"gradient_accumulation_steps": 2}, "steps 2, but accelerate's .* says 4"),
         ("NO", {"precision": "fp16"}, {}, "--mixed_precision fp16 needs a GPU"),
+        ("NO", {"device": "mps"}, {}, "--mixed_precision bf16 is not supported on MPS"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(kind, settings, flags, message, tmp_path, monkeypatch):
-    settings = {"fsdp_version": 2, "old": False, "accumulation": 1, "precision": "bf16", **settings}
+    settings = {"fsdp_version": 2, "old": False, "accumulation": 1, "precision": "bf16", "device": "cpu", **settings}
     monkeypatch.setattr(train_smpo_sd15, "is_accelerate_version", lambda *bound: settings["old"])
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # set by the script, restored after the test
     accelerator = SimpleNamespace(
-        mixed_precision=settings["precision"], device=torch.device("cpu"), distributed_type=DistributedType[kind],
-        gradient_accumulation_steps=settings["accumulation"],
+        mixed_precision=settings["precision"], device=torch.device(settings["device"]),
+        distributed_type=DistributedType[kind], gradient_accumulation_steps=settings["accumulation"],
         state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=settings["fsdp_version"])),
     )  # fmt: skip
     with pytest.raises(UserError, match=message):

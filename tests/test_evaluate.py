@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -451,10 +452,11 @@ def test_a_blind_page_and_its_votes(whole, copy, tmp_path):
     votes = []  # damaged wins at the first prompt, loses at the second, and ties at the third
     for duel, pair in zip(duels, sides):
         vote = {first: 1 + pair.index("damaged"), second: 1 + pair.index("base"), third: 0}.get(duel["prompt"])
-        votes += [{"left": duel["left"], "right": duel["right"], "vote": vote}] * (vote is not None)
+        votes += [{"left": duel["left"], "right": duel["right"], "vote": vote, "voter": "a"}] * (vote is not None)
+    (tmp_path / "early.json").write_text(json.dumps(votes[:3]))  # of the same browser: counted once
     (tmp_path / "one.json").write_text(json.dumps(votes))
-    (tmp_path / "two.json").write_text(json.dumps([vote for vote in votes if vote["vote"]]))
-    pairs, files = tmp_path / "pairs.parquet", [tmp_path / "one.json", tmp_path / "two.json"]
+    (tmp_path / "two.json").write_text(json.dumps([{**vote, "voter": "b"} for vote in votes if vote["vote"]]))
+    pairs, files = tmp_path / "pairs.parquet", [tmp_path / f"{name}.json" for name in ("early", "one", "two")]
     evaluate(folder, **flags, votes=files, pairs_path=pairs)
     row = read_record(folder)["win_rates"][-1]
     assert (row["reward"], row["model"], row["opponent"], row["num_votes"]) == ("votes", "damaged", "base", 10)
@@ -485,25 +487,33 @@ def test_other_votes_are_refused(votes, message, copy, tmp_path):
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_keys_of_the_blind_page(whole):
-    """Its own script, in an engine without a browser: 1, 2 and 0 are votes, nothing else is; all can be forgotten."""
+    """Its own script, in an engine without a browser: 1, 2 and 0 are votes, nothing else is, nor before both images
+    are there; all can be forgotten."""
     page, duels = read_duels(whole[0] / "out")
     script = re.search("<script>(.*)</script>", page, re.S)[1]
     keys = ["3", "a", "1", "Enter", " ", "01", "12", "F1", "2", "0"]
     stands_in = f"""
-        const stored = {{}}, document = {{ getElementById: () => ({{}}) }}, confirm = () => true
+        const stored = {{}}, elements = {{}}, confirm = () => true
+        for (const name of ["prompt", "left", "right", "progress", "save", "forget"]) elements[name] = {{}}
+        const document = {{ getElementById: name => elements[name] }}
         const localStorage = {{ getItem: name => stored[name] || null, setItem: (name, text) => stored[name] = text }}
         {script}
+        document.onkeydown({{ key: "1" }})
+        left.complete = right.complete = true
+        left.naturalWidth = 64
+        document.onkeydown({{ key: "1" }})
+        right.naturalWidth = 64
         for (const key of {json.dumps(keys)}) document.onkeydown({{ key }})
         for (const held of ["repeat", "ctrlKey", "metaKey", "altKey"]) document.onkeydown({{ key: "1", [held]: true }})
-        console.log(Object.values(stored)[0])
+        console.log(stored[key])
         forget.onclick()
         document.onkeydown({{ key: "2" }})
-        console.log(Object.values(stored)[0])
+        console.log(stored[key])
     """
     done = subprocess.run(["node", "-e", stands_in], capture_output=True, text=True, check=True)
     votes, others = map(json.loads, done.stdout.splitlines())
     assert others == [{**votes[0], "vote": 2}]
-    assert [vote["vote"] for vote in votes] == [1, 2, 0]
+    assert [vote["vote"] for vote in votes] == [1, 2, 0] and len({vote["voter"] for vote in votes} - {""}) == 1
     assert [vote["left"] for vote in votes] == [duel["left"] for duel in duels[:3]]
 
 
@@ -588,7 +598,8 @@ def test_prompts_in_every_format(tmp_path):
         if text is not None:
             (tmp_path / name).write_text(text, encoding="utf-8-sig" if name[:3] == "bom" else "utf-8")
         assert prompts_of(tmp_path / name) == expected
-    assert prompts_of(tmp_path / "rows.parquet", max_prompts=1) == {"a, b": None}
+    both = prompts_of(tmp_path / "rows.parquet", tmp_path / "bom.txt", max_prompts=1)
+    assert both == {"a, b": "rows", "a boat": "bom"}
 
 
 @pytest.mark.parametrize(
@@ -738,15 +749,26 @@ def test_images_of_another_machine_have_to_be_there(tmp_path, monkeypatch):
         evaluate(tmp_path)
 
 
-def test_a_tracker_that_fails(copy):
-    """It is named, after all results are written."""
+def test_a_tracker_that_fails(copy, tmp_path, monkeypatch):
+    """It is named, after all results are written; the same command goes on once it is mended."""
     folder, flags = copy
+    flags = {**flags, "pairs_path": tmp_path / "mine.parquet"}
+    monkeypatch.setattr(os, "linesep", "\r\n")  # of a system where pandas would double it
     shutil.rmtree(folder / "logs")
     (folder / "logs").touch()
     (folder / "results.json").unlink()
     with pytest.raises(UserError, match="--report_to tensorboard cannot be loaded: "):
         evaluate(folder, report_to="tensorboard", **flags)
-    assert read_results(folder)["same"]["win_rate"] == 0.5
+    assert read_results(folder)["same"]["win_rate"] == 0.5 and b"\r" not in (folder / "scores.csv").read_bytes()
+    (folder / "logs").unlink()
+    evaluate(folder, report_to="tensorboard", **flags)
+    assert (tmp_path / "mine.parquet").exists()
+
+
+def test_a_broken_checkpoint_is_blamed_on_its_run(tmp_path):
+    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(UserError, match="--run_dir .*run/checkpoint-5 holds none of the files that tell"):
+        evaluate(tmp_path / "out", models=None, run_dir=tmp_path / "run")
 
 
 def test_a_mistake_is_said_alone_and_before_anything_else(tmp_path, monkeypatch, capsys):

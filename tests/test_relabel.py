@@ -271,6 +271,8 @@ def test_two_folders_become_pairs_that_are_labelled_and_trained_on(tmp_path):
             (folder / side / f"{number}.jpg").write_bytes(row[f"jpg_{i}"])
     flags = {"dataset_name": None, "reward_model": None, "pairs_from": folder, "output_path": pairs}
     (folder / "rejected" / "5.png").touch()
+    (folder / "preferred" / "0.txt").write_text(" \n")
+    (folder / "preferred" / "sub").mkdir()  # no image
     with pytest.raises(
         UserError, match=r"in one folder only: \['5.png'\]; no caption: \['0.jpg', .*Accepted: a folder"
     ):
@@ -308,7 +310,7 @@ def test_images_and_captions_that_are_damaged_or_missing(tmp_path):
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
     Image.open(io.BytesIO(script))  # Pillow alone would have Ghostscript run it
     bad = {"cut": whole[:-99], "empty": b"", "null": None, "text": b"an essay", "script": script}
-    bad["huge"] = encoded(Image.new("1", (8000, 8000)))
+    bad |= {"huge": encoded(Image.new("1", (8000, 8000))), "long": encoded(Image.new("1", (4000, 1)), "PNG")}
     images = {"whole": whole, "turned": encoded(image.rotate(90, expand=True), "PNG", exif=exif), **bad}
     rows = [(data, whole, "a large red circle", name, "same") for name, data in images.items()]
     rows += [(whole, whole, caption, f"caption {caption}", "same") for caption in (None, "", long)]
@@ -322,12 +324,13 @@ def test_images_and_captions_that_are_damaged_or_missing(tmp_path):
         assert row["score_0"] is None and row["soft_label_0"] is None and not row["valid"]
         assert row["score_1"] is not None and row["invalid_reason"].startswith("image 0: not a readable image (")
     assert "8000 x 8000 pixels, more than 50,000,000" in rows["huge"]["invalid_reason"]
+    assert "4000 x 1 pixels, more than 50,000,000 or of more than 100 to 1" in rows["long"]["invalid_reason"]
     assert "UnidentifiedImageError" in rows["script"]["invalid_reason"]
     assert rows["caption None"]["invalid_reason"] == "no caption" and rows["caption None"]["score_1"] is None
     assert rows["caption "]["valid"] and rows["whole"]["valid"] and rows["whole"]["invalid_reason"] is None
     metadata = metadata_of(tmp_path / "labels.parquet")
-    assert metadata["invalid"] == {"no caption": 1, "not a readable image": 6, "not finite": 0}
-    assert metadata["num_valid"] == len(rows) - 7
+    assert metadata["invalid"] == {"no caption": 1, "not a readable image": 7, "not finite": 0}
+    assert metadata["num_valid"] == len(rows) - 8
     with pytest.raises(ValueError, match="not a readable image"):
         decode_image(7)
 

@@ -291,6 +291,11 @@ def test_labels_are_uploaded(hub, server, tmp_path):
     assert json.dumps({"reward_model": "model"})[1:-1] in card
     assert not [file for file in repo.rglob("*.*") if file.is_file() and str(tmp_path).encode() in file.read_bytes()]
     assert server.run(args) != 0  # now it is finished
+    other = flags_of(tmp_path / "other" / "labels.parquet", dataset_name=TINY / "pairs", dataset_split_name="test",
+                     push_to_hub=True, hub_dataset_id="ada/labelled")  # fmt: skip
+    assert server.run(other) != 0
+    assert "cannot be uploaded: ada/labelled has a README.md and a labels.parquet already" in server.output()
+    assert (repo / "README.md").read_text() == card
 
 
 def test_streaming_is_for_parquet(tmp_path):

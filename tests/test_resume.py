@@ -125,8 +125,6 @@ def test_every_checkpoint_of_a_run_leads_to_its_end(step, whole, tmp_path):
     for file in ("optimizer.bin", "scheduler.bin"):
         torch.testing.assert_close(*(torch.load(end / file) for end in ends), rtol=0, atol=0)
     ours, theirs = (json.loads((end / RECORD_FILE).read_text())["progress"] for end in ends)
-    for progress in (ours, theirs):
-        del progress["metrics"]["pairs_per_second"]
     assert ours == theirs
 
 
@@ -333,6 +331,20 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monk
     assert same_weights(tmp_path / "whole" / LORA_FILE, tmp_path / "out" / LORA_FILE)
 
 
+def test_too_little_memory_is_a_message_that_names_the_last_checkpoint(tmp_path, monkeypatch):
+    original = train_smpo_sd15.training_step
+
+    def training_step(micro_batch, context):
+        if list(tmp_path.glob("out/checkpoint-1")):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(micro_batch, context)
+
+    monkeypatch.setattr(train_smpo_sd15, "training_step", training_step)
+    message = "CUDA out of memory.\n.*resume with --gradient_checkpointing.* The last checkpoint is .*checkpoint-1"
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "out", **FAST, checkpointing_steps=1)
+
+
 def test_numbers_that_stay_wrong_end_the_run_and_its_workers(tmp_path):
     """A learning rate that blows the weights up. The error stands alone, without a traceback, and names the last
     checkpoint. Workers do not hear the SIGTERM by which Python ends its children."""
@@ -388,7 +400,7 @@ def test_too_many_bad_pairs_stop_the_run_and_keep_it(tmp_path):
     images = pd.read_parquet(TINY / "pairs" / "test.parquet", columns=["jpg_0"])["jpg_0"].tolist()
     path = write_pairs(tmp_path / "pairs.parquet", mine=[0.9] * 8, jpg_0=images[:5] + [b"x"] * 3)
     flags = {**FAST, "label_column": "mine", "human_label_column": "none", "dataset_name": path, "train_batch_size": 8}
-    pattern = "12 of 28 pairs cannot be read, more than 10%, see above. .*checkpoint-2. Mend the data and resume"
+    pattern = "12 of 28 pairs cannot be read, more than 10%, see above. .*checkpoint-2. Mend the images, not the rows"
     with pytest.raises(UserError, match=pattern):
         train(tmp_path / "out", max_train_steps=9, **flags)
     assert steps_in(tmp_path / "out") == [2]
@@ -458,4 +470,4 @@ def test_an_upload_that_failed_is_done_by_the_same_command_again(tmp_path, monke
     monkeypatch.setattr(train_smpo_sd15, "upload_folder", lambda **options: uploaded.append(options))
     train(tmp_path / "out", resume_from_checkpoint="latest", **flags)
     assert len(uploaded) == 1 and (tmp_path / "out" / LORA_FILE).read_bytes() == trained
-    assert (tmp_path / "out" / "README.md").read_bytes() == card and b"| loss | 0.69" in card
+    assert (tmp_path / "out" / "README.md").read_bytes() == card

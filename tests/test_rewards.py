@@ -65,15 +65,17 @@ def cache(tmp_path_factory):
         return folder
 
     words, everything = "token|vocab|merges|preprocessor", "."
-    snapshot(*script.PICKSCORE, tokenizer=everything)
+    snapshot(*script.PUBLISHED["pickscore"], tokenizer=everything)
     clip_config("gelu", 48, 3, 4, 32, 2, 24).save_pretrained(snapshot(*script.CLIP_H, tokenizer=words))
-    torch.save({"state_dict": random_weights("hpsv2.1")}, snapshot(*script.HPSV2) / "HPS_v2.1_compressed.pt")
-    torch.save(random_weights("imagereward"), snapshot(*script.IMAGE_REWARD) / "ImageReward.pt")
+    torch.save(
+        {"state_dict": random_weights("hpsv2.1")}, snapshot(*script.PUBLISHED["hpsv2.1"]) / "HPS_v2.1_compressed.pt"
+    )
+    torch.save(random_weights("imagereward"), snapshot(*script.PUBLISHED["imagereward"]) / "ImageReward.pt")
     (cache / "vocab.txt").write_text("\n".join(REFERENCE["imagereward"]["vocab"]))
     bert = snapshot(*script.BERT)
     BertTokenizer(str(cache / "vocab.txt")).save_pretrained(bert)
     BertConfig().save_pretrained(bert)
-    torch.save(random_weights("aesthetic", "mlp."), snapshot(*script.AESTHETIC) / "aesthetic-model.pth")
+    torch.save(random_weights("aesthetic", "mlp."), snapshot(*script.PUBLISHED["aesthetic"]) / "aesthetic-model.pth")
 
     clip_l = snapshot(*script.CLIP_L, tokenizer=words)
     clip_config("quick_gelu", 64, 2, 1, 32, 1, 32).save_pretrained(clip_l)
@@ -154,7 +156,7 @@ def test_an_evaluation_by_all_published_rewards(small, tmp_path):
 
 def test_a_published_reward_from_a_folder_or_file(cache, small, tmp_path):
     """NAME=PATH is of NAME's kind: of a file what it goes with is the pinned one, of a folder what lies there."""
-    name, commit = script.AESTHETIC
+    name, commit = script.PUBLISHED["aesthetic"]
     head = cache / f"models--{name.replace('/', '--')}" / "snapshots" / commit / "aesthetic-model.pth"
     source = script.find_reward("aesthetic", str(head))
     assert (source["reward_processor"], source["processor_revision"]) == script.CLIP_L

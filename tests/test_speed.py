@@ -72,7 +72,11 @@ def plain_step(script, keys, pairs, context):
                 return script.call_unet(unet, x, torch.tensor([timestep]), cond)
 
             with torch.no_grad():
-                x, num_moves = x_0, math.ceil(n * (t + 1) / len(alpha_bar))
+                x, num_moves = x_0, math.ceil((n or 0) * (t + 1) / len(alpha_bar))
+                if args.noising == "forward":  # Diffusion-DPO's: one noise for both images
+                    generator = torch.Generator().manual_seed(pair["seeds"][2])
+                    noise = torch.randn(x_0.shape, generator=generator).to(x_0)
+                    x = alpha_bar[t].sqrt() * x_0 + (1 - alpha_bar[t]).sqrt() * noise
                 for move in range(1, num_moves + 1):
                     source, destination = ((t + 1) * j // num_moves - 1 for j in (move - 1, move))
                     levels = alpha_bar[source] if source >= 0 else torch.tensor(1.0), alpha_bar[destination]
@@ -93,17 +97,21 @@ def plain_step(script, keys, pairs, context):
 
 
 @in_float64
-@pytest.mark.parametrize(
-    "script, renoise_at, rank", [(train_smpo_sd15, "every_move", 4), (train_smpo_sdxl, "last_move", None)]
-)
+@pytest.mark.parametrize("script, flags", [
+    (train_smpo_sd15, {"noising": "renoise", "renoise_at": "every_move", "rank": 4}),
+    (train_smpo_sdxl, {"noising": "renoise", "renoise_at": "last_move"}),
+    (train_smpo_sd15, {"noising": "forward", "label_column": "label_0", "labels_path": None, "gamma": 1,
+                       "beta_dpo": 2000}),
+])  # fmt: skip
 def test_the_fast_path_gives_loss_and_gradient_of_the_plain_one(
-    script, renoise_at, rank, tmp_path, sdxl, labels_path, monkeypatch
+    script, flags, tmp_path, sdxl, labels_path, monkeypatch
 ):
-    """Six pairs: one image and one move at a time, against micro-batches of two, two of them inverted together."""
+    """Six pairs: one image and one move at a time, against micro-batches of two, two of them inverted together. By
+    forward noise, with people's choices and a gamma of 1, it is Diffusion-DPO."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     context, pairs = make_run(
-        script, tmp_path, sdxl, torch.float64, labels_path=labels_path, noising="renoise", renoise_at=renoise_at,
-        rank=rank, gradient_accumulation_steps=3, inversion_batch_size=4, beta_dpo=200,
+        script, tmp_path, sdxl, torch.float64, gradient_accumulation_steps=3, inversion_batch_size=4,
+        **{"labels_path": labels_path, "beta_dpo": 200, **flags},
     )  # fmt: skip
     keys, fast_loss, batch_sizes = [(0, index) for index in range(6)], 0, []
     plain_loss, plain_gradient = plain_step(script, keys, pairs, context)

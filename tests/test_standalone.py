@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +87,21 @@ def test_sdxl_train_evaluate(tmp_path, run_alone, sdxl, capsys):
     run_alone("train_smpo_sdxl.py", train_flags(tmp_path / "tuned", **flags))
     evaluate_smpo.main(evaluate_smpo.parse_args(evaluation_flags(tmp_path, sdxl)))
     check_evaluation(tmp_path, capsys.readouterr().out)
+
+
+WRONG = {  # a script's flags, and what is wrong with them
+    "train_smpo_sd15.py": ("--dataset_name d --output_dir o --report_to none --lora_alpha 8", "--lora_alpha does"),
+    "train_smpo_sdxl.py": ("--dataset_name d --output_dir o --report_to none --renoise_at last_move", "--renoise_at"),
+    "relabel_pickapic.py": ("--dataset_name d --output_path labels.csv", "--output_path must end in .parquet"),
+    "evaluate_smpo.py": ("--prompts_path p --output_dir o", "Give tuned models with --models"),
+}
+
+
+@pytest.mark.parametrize("script", WRONG)
+def test_a_mistake_in_a_flag_is_told_alone_and_before_any_library_is_imported(script):
+    flags, message = WRONG[script]
+    model = [] if script.startswith("relabel") else ["--pretrained_model_name_or_path", "m"]
+    command = [sys.executable, "-S", script, *flags.split(), *model]  # -S: without installed packages
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"{script}: {message}") and done.stderr.count("\n") == 1

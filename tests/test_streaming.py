@@ -78,6 +78,14 @@ def test_an_epoch_of_a_stream(steps, shards):
     assert len({tuple(seeds) for _, _, seeds, _ in drawn}) == len(drawn)
 
 
+def test_held_out_pairs_of_a_stream_are_copied_without_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    flags = {"dataset_name": TINY / "pairs", "validation_split": "test", "max_train_steps": 1, "rank": 2}
+    assert len(train(tmp_path / "out", **FAST, **flags)["loss"]) == 1
+    copied = [path.name for path in (tmp_path / "cache").rglob("*.arrow")]
+    assert copied and all("test" in name for name in copied), copied
+
+
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_a_stream_goes_on_where_it_stopped(num_processes, steps):
     """From any step, into the next epoch; 2 and 3 processes share the 38 row groups."""
@@ -105,7 +113,9 @@ def test_a_file_that_breaks_off_is_named(shards, tmp_path):
     data[column.data_page_offset : column.data_page_offset + 200] = bytes(200)
     path.write_bytes(data)
     flags = {**FAST, "rank": 2, "max_train_steps": 300, "dataset_name": str(path)}
-    with pytest.raises(ValueError, match="(?s)--dataset_name .*data/.* cannot be loaded: .*fetch them again"):
+    with pytest.raises(
+        ValueError, match="(?s)--dataset_name .*data/.* cannot be loaded: .*within reach: mend that and resume"
+    ):
         train(tmp_path / "out", **flags)
 
 

@@ -98,16 +98,14 @@ def test_the_card_says_what_the_hub_reads_and_no_local_path(tmp_path):
     flags = {"dataset_name": "ada/pairs", "pretrained_model_name_or_path": "ada/model", "rank": 4}
     args = train_smpo_sd15.parse_args(train_flags(tmp_path / "out", validation_prompts=["<b>", "a"], **flags))
     (tmp_path / "out").mkdir()
-    train_smpo_sd15.save_model_card(args, {"loss": 0.69}, 1)
+    train_smpo_sd15.save_model_card(args, 1)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.datasets == ["ada/pairs"] and card.data.base_model == "ada/model"
     assert card.data.license == "creativeml-openrail-m" and card.data.pipeline_tag == "text-to-image"
-    assert (
-        {"smpo", "lora"} <= set(card.data.tags) and "| loss | 0.69 |" in card.text and "| `rank` | `4` |" in card.text
-    )
+    assert {"smpo", "lora"} <= set(card.data.tags) and "| `rank` | `4` |" in card.text
     assert "](validation/step-1.png)" in card.text and "a row a prompt: &lt;b&gt;; a" in card.text
     args.dataset_name, args.pretrained_model_name_or_path = "https://me:secret@host/pairs.parquet", str(TINY / "sd15")
-    train_smpo_sd15.save_model_card(args, {}, 1)
+    train_smpo_sd15.save_model_card(args, 1)
     text = (tmp_path / "out" / "README.md").read_text()
     assert (
         "https://host/pairs.parquet" in text and "of sd15" in text and "secret" not in text and str(ROOT) not in text

@@ -167,7 +167,7 @@ class Bed:
 
     def as_pairs(self, pictures, prompts, soft):
         mean, std = (torch.stack(images.chunk(2), 1) for images in self.encode(pictures))
-        return Pairs(mean, std, prompts.states, soft.to(mean.dtype))
+        return Pairs(mean, std, prompts.states, soft.to(mean))
 
     def encode(self, pictures):
         """Mean and standard deviation of the VAE's posterior, scaled, of pictures `[N, 3, H, W]` in [0, 1]."""
@@ -336,7 +336,7 @@ class BigBed(Bed):
         """Each step draws by its own number, so that the training can go on."""
         optimizer, done = torch.optim.AdamW(self.unet.parameters(), weight_decay=1e-2), 0
         if path.exists():
-            saved = torch.load(path, map_location=self.device)
+            saved = torch.load(path, map_location="cpu")  # AdamW counts its steps there
             self.unet.load_state_dict(saved["unet"])
             optimizer.load_state_dict(saved["optimizer"])
             done = saved["step"]
@@ -362,7 +362,8 @@ class BigBed(Bed):
                 parts = {"unet": self.unet.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save({"step": done, **parts}, path)
             if late and done < self.num_steps:
-                raise SystemExit(f"base model: step {done} of {self.num_steps}; the same command goes on.")
+                print(f"base model: step {done} of {self.num_steps}; the same command goes on.")
+                raise SystemExit
 
     @torch.no_grad()
     def rendered_latents(self):

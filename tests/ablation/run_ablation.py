@@ -111,7 +111,8 @@ class Lab:
         wanted = [seed for seed in seeds if self.seeds is None or seed in self.seeds]
         for job in tqdm(list(itertools.product(wanted, *lists)), desc=part):
             if self.end and time.monotonic() > self.end:
-                raise SystemExit(f"{part}: the time limit is reached; the same command goes on.")
+                print(f"{part}: the time limit is reached; the same command goes on.")
+                raise SystemExit
             yield job
 
     def record(self, path, about, prompts, evaluated, steps):
@@ -198,8 +199,8 @@ def inversion(lab):
         pairs, generator = lab.pairs("stored"), torch.Generator().manual_seed(seed)
         images = torch.randperm(2 * len(pairs.soft), generator=generator)[:INVERSION_IMAGES]
         mean, std = stacked(pairs.mean)[images], stacked(pairs.std)[images]
-        x_0 = mean + std * torch.randn(mean.shape, generator=generator)
-        noise = torch.randn(x_0.shape, generator=generator)
+        x_0 = mean + std * torch.randn(mean.shape, generator=generator).to(bed.device)
+        noise = torch.randn(x_0.shape, generator=generator).to(bed.device)
         states, t = pairs.states[images % len(pairs.soft)], torch.full((len(x_0),), timestep)
         rows, fine_tau = [], None
         for variant, row in VARIANTS.items():
@@ -207,7 +208,7 @@ def inversion(lab):
             tau = smpo.implied_noise(x_0, x_t, bed.alpha_bar[t])
             fine_tau = tau if fine_tau is None else fine_tau
             back = bed.descend(bed.unet, x_t, states, row.num_inversion_steps, t)
-            eps = smpo.call_unet(bed.unet, x_t, t, {"encoder_hidden_states": states})
+            eps = smpo.call_unet(bed.unet, x_t, t.to(bed.device), {"encoder_hidden_states": states})
             about = {"variant": variant, "t": timestep, "seed": seed, "unet_calls": calls // len(x_0)}
             numbers = {"distance": rms(tau - fine_tau), "round_trip": rms(back - x_0), "residual": rms(eps - tau)}
             rows.append({**about, "std_tau": mean_std(tau), **numbers})
@@ -259,7 +260,7 @@ def preference_gradient(bed, unet, batch):
     """
     x_0, states, t, tau, p_0 = batch
     x_t = smpo.add_noise(x_0, tau, bed.alpha_bar[t])
-    eps = smpo.call_unet(unet, x_t, t, {"encoder_hidden_states": states})
+    eps = smpo.call_unet(unet, x_t, t.to(bed.device), {"encoder_hidden_states": states})
     error_0, error_1 = smpo.squared_errors(eps, tau).chunk(2)
     aim = -((2 * p_0 - 1) * (error_0 - error_1)).mean()
     return flat(torch.autograd.grad(aim, list(unet.parameters()))), (eps - tau).detach()

@@ -24,7 +24,7 @@ def contiguous(run):
 
 def cudnn_benchmark(run):
     """cuDNN tries its algorithms out."""
-    return torch.backends.cudnn.flags(benchmark=True)
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True)
 
 
 def half_inversion(run):

@@ -33,10 +33,11 @@ CASES = {
     "the same without checkpointing, 8 pairs a micro-batch": ("sd15", ["--train_batch_size", 8]),
     "SD1.5 full, Adafactor": ("sd15", [CHECKPOINTING, "--optimizer", "adafactor"]),
     "SDXL LoRA, rank 16, AdamW": ("sdxl", SDXL_LORA),
-    "the same with `--offload`": ("sdxl", [*SDXL_LORA, "--offload"]),
+    "the same, 4 pairs a micro-batch": ("sdxl", [*SDXL_LORA, "--train_batch_size", 4]),
+    "the same with `--offload`, one pair": ("sdxl", [*SDXL_LORA, "--offload"]),
     "SDXL full, Adafactor": ("sdxl", [CHECKPOINTING]),
-    "the same, 4 pairs a micro-batch": ("sdxl", [CHECKPOINTING, "--train_batch_size", 4]),
-    "the same with `--offload`, one pair": ("sdxl", [CHECKPOINTING, "--offload"]),
+    "the same full, 4 pairs a micro-batch": ("sdxl", [CHECKPOINTING, "--train_batch_size", 4]),
+    "the same full with `--offload`, one pair": ("sdxl", [CHECKPOINTING, "--offload"]),
 }
 
 

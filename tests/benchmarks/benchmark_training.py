@@ -20,6 +20,7 @@ large product in the same precision reaches here; TFLOP are counted by PyTorch, 
 """
 
 import argparse
+import itertools
 import time
 from statistics import median
 from unittest import mock
@@ -97,7 +98,8 @@ class Run:
         return parse(kind, resolution, "--train_batch_size", batch_size, *flags, *further_flags)
 
     def batches(self, args, num_pairs):
-        """Endless batches of the script's loader, steps of `num_pairs` pairs, with new timesteps in every step."""
+        """Endless batches of the script's loader, always those of one step of `num_pairs` pairs: for other timesteps,
+        so other sizes of the inversion's batches, a GPU would choose kernels anew within the time."""
         args.gradient_accumulation_steps = num_pairs // args.train_batch_size
         rng, rows = np.random.default_rng(0), np.arange(max(num_pairs, NUM_PHOTOS))
         photos = [make_photo(min(1024, args.resolution * 3 // 2), rng) for _ in range(NUM_PHOTOS)]
@@ -105,8 +107,10 @@ class Run:
         data = datasets.Dataset.from_dict({"jpg_0": photos, "jpg_1": photos[::-1], "caption": captions})
         data = data.select(rows % NUM_PHOTOS)
         pairs = self.script.Pairs(data, rows, np.full(len(rows), 0.7, np.float32), None, 1000, args)
-        keys = self.script.shuffled_keys(pairs, 0, 1, 0, args)
-        return iter(self.script.make_loader(self.state, pairs, keys, args))
+        keys, step = self.script.shuffled_keys(pairs, 0, 1, 0, args), []
+        while sum(map(len, step)) < num_pairs:
+            step.append(next(keys))
+        return iter(self.script.make_loader(self.state, pairs, itertools.cycle(step), args))
 
     def steps(self, args, num_pairs, released=False):
         """A function that takes the next `num_pairs` pairs to their gradients, and returns the sum of the losses.
