@@ -19,7 +19,7 @@
 #     "torch>=2.6",
 #     "diffusers>=0.35.0",
 #     "transformers>=4.55.0",
-#     "accelerate>=1.7.0",
+#     "accelerate>=1.9.0",
 #     "peft>=0.17.0",
 #     "datasets>=3.6.0",  # brings pandas
 #     "pyarrow>=17.0",
@@ -131,6 +131,16 @@ def nonempty(text):
     return os.path.expanduser(text)
 
 
+class Job(NamedTuple):
+    """An image to draw, and a line of scores.csv."""
+
+    model: str
+    prompt: str
+    group: str | None
+    seed: int
+    image: str  # its file in the output folder
+
+
 def named_sources(values, flag, taken, problems):
     """`{name: path}` of a flag's values, PATH or NAME=PATH; what is wrong with them is added to the problems."""
     sources = {}
@@ -223,7 +233,7 @@ def resolve(args):
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
         problems.append(f"--report_to {args.report_to} needs it: pip install -U accelerate {args.report_to}.")
     models = named_sources(args.models, "models", ["base", *args.steps], problems)
-    taken = "model prompt group seed image best uid label votes scores".split()  # by columns of tables
+    taken = ["best", "uid", "label", "votes", "scores", *Job._fields]
     rewards = named_sources(args.reward_model, "reward_model", taken, problems)
     if problems:
         raise UserError("\n".join(problems))
@@ -523,7 +533,7 @@ def load_pipeline(source, base, device, args):
     (kind, part), dtype = source.kind, {"torch_dtype": getattr(torch, args.dtype)}
     whole = source if kind == "pipeline" else base
     parts = {"safety_checker": None, "variant": args.variant if whole is base else None, **dtype}
-    flag = "run_dir" if source.path in [args.models[step] for step in args.steps] else "models"
+    flag = "run_dir" if source.path in map(args.models.get, args.steps) else "models"
     with explain_errors("pretrained_model_name_or_path" if source is base else flag, source.path, MODELS_ACCEPTED):
         if kind == "unet":  # in place of the base's, which is not read
             options = {"subfolder": part, "revision": source.commit, **dtype}
@@ -560,16 +570,6 @@ def save_whole(path, save):
 
 def save_text(path, text):
     save_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-class Job(NamedTuple):
-    """An image to draw, and a line of scores.csv."""
-
-    model: str
-    prompt: str
-    group: str | None
-    seed: int
-    image: str  # its file in the output folder
 
 
 def list_jobs(sources, group_of, args):
@@ -1083,8 +1083,6 @@ BLIND = """<!doctype html>
 <a id="save" download="votes.json" href="#">Download votes.json</a> <a id="forget" href="#">Start over</a></p>
 <script>
 const duels = {{ duels | tojson }}, key = {{ key | tojson }}, votes = JSON.parse(localStorage.getItem(key) || "[]")
-const voter = localStorage.getItem("voter") || Math.random().toString(36).slice(2)
-localStorage.setItem("voter", voter)
 const [prompt, left, right, progress, save, forget] =
   ["prompt", "left", "right", "progress", "save", "forget"].map(id => document.getElementById(id))
 const show = () => {
@@ -1099,7 +1097,7 @@ document.onkeydown = event => {
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return
   if (!["0", "1", "2"].includes(event.key) || votes.length === duels.length) return
   if (!left.complete || !left.naturalWidth || !right.complete || !right.naturalWidth) return  // not to be seen yet
-  const duel = duels[votes.length]
+  const duel = duels[votes.length], voter = votes.length ? votes[0].voter : Math.random().toString(36).slice(2)
   votes.push({ left: duel.left, right: duel.right, vote: Number(event.key), voter })
   localStorage.setItem(key, JSON.stringify(votes))  // a closed page goes on where it was
   show()
@@ -1143,7 +1141,7 @@ def read_votes(jobs, args):
                 left, right = jobs[vote["left"]], jobs[vote["right"]]
                 won = {1: 1.0, 2: 0.0, 0: 0.5}[vote["vote"]]
                 tuned, base, won = (right, left, 1 - won) if left.model == "base" else (left, right, won)
-                # Once a person: two files may be of one browser, the later with all that the earlier has.
+                # Once a voter: two files may be of one, the later with all that the earlier has.
                 votes[vote.get("voter", path), tuned, base] = (tuned.image, base.image, tuned.model, tuned.prompt, won)
             if not votes:
                 raise ValueError("it has no votes")

@@ -18,7 +18,7 @@
 # dependencies = [
 #     "torch>=2.6",
 #     "transformers>=4.55.0",
-#     "accelerate>=1.7.0",
+#     "accelerate>=1.9.0",
 #     "datasets>=3.6.0",
 #     "pyarrow>=17.0",
 #     "pillow>=10.1",
@@ -1066,12 +1066,14 @@ for SmPO-Diffusion (https://arxiv.org/abs/2506.02698).
 {json.dumps(metadata, indent=2)}
 ```
 """
-    operations = [CommitOperationAdd("README.md", card.encode()), CommitOperationAdd(path.name, path)]
     repo, hub = {"repo_id": args.hub_dataset_id or path.stem, "repo_type": "dataset"}, HfApi()
     try:
         repo["repo_id"] = hub.create_repo(**repo, private=not args.hub_public, exist_ok=True).repo_id
-        if there := {path.name, "README.md"} & set(hub.list_repo_files(**repo)):
-            raise ValueError(f"{repo['repo_id']} has a {' and a '.join(sorted(there))} already")
+        files = {"README.md": card.encode(), path.name: path}
+        there = hub.list_repo_files(**repo)
+        if path.name in there:
+            raise ValueError(f"{repo['repo_id']} has a {path.name} already")
+        operations = [CommitOperationAdd(*file) for file in files.items() if file[0] not in there]
         hub.create_commit(**repo, operations=operations, commit_message="Soft preference labels")
     except Exception as error:  # over the years huggingface_hub has had the errors of two HTTP libraries
         advice = "Start the same command again to upload it, or with another --hub_dataset_id."
@@ -1093,12 +1095,13 @@ def write_own_pairs(folder, path):
     )
     texts = {name: image.with_suffix(".txt") for name, image in preferred.items()}
     with explain_errors("pairs_from", folder, f"{FOLDERS_ACCEPTED}, in UTF-8"):
-        captions = {name: text.read_text("utf-8-sig").strip() for name, text in texts.items() if text.exists()}
+        captions = {name: text.read_text("utf-8-sig") for name, text in texts.items() if text.exists()}
         if (folder / "metadata.csv").exists():
             table = pd.read_csv(folder / "metadata.csv", dtype=str, keep_default_na=False, encoding="utf-8-sig")
             captions |= dict(table[["file_name", "caption"]].values)
+    captions = {name: caption.strip() for name, caption in captions.items()}
     alone = preferred.keys() ^ rejected.keys()
-    mute = {name for name in preferred if not captions.get(name, "").strip()}
+    mute = {name for name in preferred if not captions.get(name)}
     if alone or mute or not preferred:
         found = f"{len(preferred)} preferred images; in one folder only: {sorted(alone)}; no caption: {sorted(mute)}"
         raise UserError(f"--pairs_from {folder} has {found}. Accepted: {FOLDERS_ACCEPTED}.")

@@ -19,7 +19,7 @@
 #     "torch>=2.6",
 #     "diffusers>=0.35.0",
 #     "transformers>=4.55.0",
-#     "accelerate>=1.7.0",
+#     "accelerate>=1.9.0",
 #     "datasets>=3.6.0",
 #     "peft>=0.17.0",
 #     "pyarrow>=17.0",
@@ -397,7 +397,7 @@ RECORD_FILE = "training_args.json"
 NUM_VALIDATION_PAIRS = 256
 THUMBNAIL = 256  # width in pixels of an image in a picture of many
 MAX_BAD_SHARE, MIN_BAD_PAIRS = 0.1, 10  # a run stops if more of the drawn pairs, and more than these, cannot be read
-MAX_BAD_IN_A_ROW = 1000
+MAX_BAD_IN_A_ROW = 10_000  # which a broken file of many rows may have
 MAX_NONFINITE_STEPS = 20  # in a row; fp16 takes some to find its scale
 # A resumed run has these in common with its start, besides what `record_of_run` knows of data and machine.
 SAME_RUN = """
@@ -872,7 +872,7 @@ def set_up_unets(accelerator, models, weight_dtype, args):
             unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, **options))
             adapted = [name for name, module in unet.named_modules() if hasattr(module, "lora_A")]
             if unknown := [layer for layer in layers if not any(f".{name}".endswith(f".{layer}") for name in adapted)]:
-                raise ValueError(f"the UNet has no {' and no '.join(unknown)}")
+                raise ValueError(f"the UNet has no {' and no '.join(map(repr, unknown))}")
         cast_training_params(unet, dtype=torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -906,7 +906,10 @@ def load_data(flag, args, streaming=False, columns=None):
         else:
             if args.streaming and not streaming:  # without other splits, which `datasets` would copy, too
                 name, files = "parquet", load_dataset_builder(name).config.data_files
-                options["data_files"] = {split: files[split]}
+                part = re.split(r"[+\[]", split)[0]  # of a slice, say test[:10%]
+                if part not in files:
+                    raise ValueError(f"it has the splits {', '.join(map(str, files))}")
+                options["data_files"] = {part: files[part]}
             data = load_dataset(name, split=split, **options)
         for column, feature in data.features.items():
             if isinstance(feature, datasets.Image):
@@ -1013,8 +1016,8 @@ class Pairs(torch.utils.data.Dataset):
                 return {**example, "problems": problems}
             except ValueError as error:
                 problems.append(f"row {row} of the data set: {error}")
-        number = len(problems)
-        raise UserError(f"None of {number} pairs in a row of {self.args.dataset_name} can be read, {problems[-1]}.")
+        name = self.args.dataset_name
+        raise UserError(f"None of {len(problems)} pairs in a row of {name} can be read, {problems[-1]}.")
 
     def draw(self, *numbers):
         """Everything random about a pair; all of it is drawn in any case, so that no flag changes the rest."""

@@ -512,7 +512,7 @@ def test_keys_of_the_blind_page(whole):
     """
     done = subprocess.run(["node", "-e", stands_in], capture_output=True, text=True, check=True)
     votes, others = map(json.loads, done.stdout.splitlines())
-    assert others == [{**votes[0], "vote": 2}]
+    assert others == [{**votes[0], "vote": 2, "voter": others[0]["voter"]}] and others[0]["voter"] != votes[0]["voter"]
     assert [vote["vote"] for vote in votes] == [1, 2, 0] and len({vote["voter"] for vote in votes} - {""}) == 1
     assert [vote["left"] for vote in votes] == [duel["left"] for duel in duels[:3]]
 

@@ -294,7 +294,7 @@ def test_labels_are_uploaded(hub, server, tmp_path):
     other = flags_of(tmp_path / "other" / "labels.parquet", dataset_name=TINY / "pairs", dataset_split_name="test",
                      push_to_hub=True, hub_dataset_id="ada/labelled")  # fmt: skip
     assert server.run(other) != 0
-    assert "cannot be uploaded: ada/labelled has a README.md and a labels.parquet already" in server.output()
+    assert "cannot be uploaded: ada/labelled has a labels.parquet already" in server.output()
     assert (repo / "README.md").read_text() == card
 
 

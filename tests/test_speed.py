@@ -33,6 +33,8 @@ def make_run(script, folder, sdxl, dtype=torch.float32, **flags):
     model = sdxl if script is train_smpo_sdxl else TINY / "sd15"
     args = script.parse_args(train_flags(folder, pretrained_model_name_or_path=model, **flags))
     alpha_bar, prediction_type = script.load_noise_schedule(args)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
+    torch.testing.assert_close(alpha_bar.double(), (1 - betas).cumprod(0), rtol=1e-3, atol=0)  # a thousand products
     models = script.load_models(args, state.device, dtype)
     torch.manual_seed(0)
     script.set_up_unets(state, models, dtype, args)

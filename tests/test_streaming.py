@@ -84,6 +84,9 @@ def test_held_out_pairs_of_a_stream_are_copied_without_the_others(tmp_path, monk
     assert len(train(tmp_path / "out", **FAST, **flags)["loss"]) == 1
     copied = [path.name for path in (tmp_path / "cache").rglob("*.arrow")]
     assert copied and all("test" in name for name in copied), copied
+    assert len(train(tmp_path / "slice", **FAST, **{**flags, "validation_split": "test[:4]"})["loss"]) == 1
+    with pytest.raises(ValueError, match="--validation_split no cannot be loaded: it has the splits train, test"):
+        train(tmp_path / "none", **FAST, **{**flags, "validation_split": "no"})
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])

@@ -213,7 +213,7 @@ def test_ties_and_pairs_without_a_label_are_left_out(load, tmp_path, caplog):
         ({}, {"train_batch_size": 50}, "--train_batch_size 50 on 1 processes needs 50 pairs"),
         ({}, {"pretrained_unet_model_name_or_path": "/no"}, "--pretrained_unet_model_name_or_path /no cannot be load"),
         ({}, {"rank": 2, "lora_layers": "to_x"}, "--lora_layers to_x .*not found"),
-        ({}, {"rank": 2, "lora_layers": "to_q, o_k"}, "--lora_layers to_q, o_k cannot .*the UNet has no o_k"),
+        ({}, {"rank": 2, "lora_layers": "to_q, o_k"}, "--lora_layers to_q, o_k cannot .*the UNet has no 'o_k'"),
         (
             {"caption": ["one"] * 8},
             {"validation_split": "0.1"},
