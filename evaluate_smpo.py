@@ -1018,12 +1018,13 @@ def send_results(record, args):
     accelerator.init_trackers("smpo-evaluation", config=config)
     numbers = [("median", row) for row in record["results"]]
     numbers += [("win_rate", row) for row in record["win_rates"] if row["opponent"] == "base"]
-    accelerator.log({f"{row['reward']}/{row['group']}/{row['model']}/{name}": row[name] for name, row in numbers})
+    values = {f"{row['reward']}/{row['group']}/{row['model']}/{name}": row[name] for name, row in numbers}
+    accelerator.log(values, step=0)
     pictures = {name: Image.open(Path(args.output_dir) / f"comparison-{name}.png") for name in args.models}
     for tracker in accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):  # few others take images
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: np.asarray(image)[None] for name, image in pictures.items()}, **options)
+            tracker.log_images({name: np.asarray(image)[None] for name, image in pictures.items()}, step=0, **options)
         tracker.finish()  # not `end_training`, for which the other processes would have to be here
 
 

@@ -14,7 +14,6 @@ import io
 import signal
 import subprocess
 import sys
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,19 +46,6 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="needs --slow"))
-
-
-def pytest_terminal_summary(terminalreporter):
-    """A line for each file: how its tests ended, and how long they took."""
-    files = {}
-    for outcome in ("passed", "failed", "error", "skipped"):
-        for report in terminalreporter.stats.get(outcome, []):
-            counts, seconds = files.setdefault(report.nodeid.split("::")[0], (Counter(), []))
-            counts[outcome] += 1
-            seconds.append(report.duration)
-    for name, (counts, seconds) in sorted(files.items()):
-        ended = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-        terminalreporter.write_line(f"{name:32} {ended}, {sum(seconds):.0f} s")
 
 
 @pytest.fixture(scope="session")

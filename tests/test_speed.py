@@ -33,8 +33,6 @@ def make_run(script, folder, sdxl, dtype=torch.float32, **flags):
     model = sdxl if script is train_smpo_sdxl else TINY / "sd15"
     args = script.parse_args(train_flags(folder, pretrained_model_name_or_path=model, **flags))
     alpha_bar, prediction_type = script.load_noise_schedule(args)
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
-    torch.testing.assert_close(alpha_bar.double(), (1 - betas).cumprod(0), rtol=1e-3, atol=0)  # a thousand products
     models = script.load_models(args, state.device, dtype)
     torch.manual_seed(0)
     script.set_up_unets(state, models, dtype, args)
@@ -115,6 +113,8 @@ def test_the_fast_path_gives_loss_and_gradient_of_the_plain_one(
         script, tmp_path, sdxl, torch.float64, gradient_accumulation_steps=3, inversion_batch_size=4,
         **{"labels_path": labels_path, "beta_dpo": 200, **flags},
     )  # fmt: skip
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
+    torch.testing.assert_close(context.alpha_bar, (1 - betas).cumprod(0), rtol=1e-3, atol=0)  # a product of fp32
     keys, fast_loss, batch_sizes = [(0, index) for index in range(6)], 0, []
     plain_loss, plain_gradient = plain_step(script, keys, pairs, context)
     for group in script.group_for_inversion(keys, pairs.timestep, context.args):

@@ -89,7 +89,7 @@ def make_vae(kind):
     return AutoencoderKL(
         sample_size={"sd15": 512, "sdxl": 1024}[kind], latent_channels=4, block_out_channels=(128, 256, 512, 512),
         layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        scaling_factor={"sd15": 0.18215, "sdxl": 0.13025}[kind], force_upcast=kind == "sdxl",
+        scaling_factor={"sd15": 0.18215, "sdxl": 0.13025}[kind], force_upcast=False,  # sdxl-vae-fp16-fix
     )  # fmt: skip
 
 
