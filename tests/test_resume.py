@@ -101,12 +101,13 @@ def test_a_run_killed_many_times_ends_as_the_whole_one(num_kills, flags, server,
         wait_for(lambda: max(steps_in(output_dir), default=0) > before)
         if killed % 2:
             wait_for(lambda: list(output_dir.glob("partial-checkpoint-*")))
-        time.sleep(rng.uniform(0, 0.005 if killed % 2 else 0.1))
+        if killed % 4 != 1:  # or at once: a save may take no longer than this
+            time.sleep(rng.uniform(0, 0.005 if killed % 2 else 0.1))
         during_a_save += bool(list(output_dir.glob("partial-checkpoint-*")))
         os.killpg(process, signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL, "the run had ended"
         killed += 1
-    assert during_a_save >= num_kills // 5
+    assert during_a_save >= num_kills // 10
     assert server.run(args) == 0
     name = LORA_FILE if flags["rank"] else UNET_FILE
     assert same_weights(tmp_path / "whole" / name, output_dir / name)
