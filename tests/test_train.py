@@ -83,10 +83,10 @@ def test_full_fine_tuning(full_run):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"noising": "ddim", "optimizer": "adafactor", "gradient_checkpointing": True},
+        {"noising": "ddim", "optimizer": "adafactor", "gradient_checkpointing": True, "lr_scheduler": "cosine"},
         {"noising": "renoise", "lr_warmup_steps": 1, "dataloader_num_workers": 1, "no_hflip": None},
         {"noising": "renoise", "renoise_at": "every_move", "use_8bit_adam": True},
-        {"mixed_precision": "bf16", "rank": 2, "gradient_checkpointing": True},
+        {"mixed_precision": "bf16", "rank": 2, "gradient_checkpointing": True, "lr_scheduler": "constant"},
         {"noising": "forward", "max_train_samples": 5, "proportion_empty_prompts": 1.0, "allow_tf32": True},
     ],
     ids=lambda flags: ",".join(flags),
@@ -97,8 +97,9 @@ def test_every_way_to_train_moves_every_weight(flags, tmp_path, labels_path):
     logs = train(tmp_path, labels_path=labels_path, **flags)
     assert logs["loss"][0] == LOG_2 and logs["reward_margin"][0] == 0
     assert all(np.isfinite(values).all() for values in logs.values())
-    if "lr_warmup_steps" in flags:
-        assert logs["lr"] == pytest.approx([0, 1e-4], rel=1e-6)  # in fp32
+    first, second = [0, 1e-4] if "lr_warmup_steps" in flags else [1e-4, 1e-4]
+    rates = [first, second / 2 if flags.get("lr_scheduler") == "cosine" else second]
+    assert logs["lr"] == pytest.approx(rates, rel=1e-6)  # in fp32
     if "rank" in flags:
         assert all(value.any() for value in load_file(tmp_path / "pytorch_lora_weights.safetensors").values())
     else:
