@@ -231,7 +231,7 @@ def resolve(args):
     if pairs and Path(pairs).exists():
         problems.append(f"--pairs_path {pairs} exists: move it away, or name another file.")
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
-        problems.append(f"--report_to {args.report_to} needs it: pip install -U accelerate {args.report_to}.")
+        problems.append(f"--report_to {args.report_to} is not installed: pip install -U accelerate {args.report_to}.")
     models = named_sources(args.models, "models", ["base", *args.steps], problems)
     taken = ["best", "uid", "label", "votes", "scores", *Job._fields]
     rewards = named_sources(args.reward_model, "reward_model", taken, problems)

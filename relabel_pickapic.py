@@ -1044,8 +1044,8 @@ def report(labels, metadata):
     logger.info("|2 soft_label_0 - 1|, 10 %, median, 90 %: {:.4f}, {:.4f}, {:.4f}".format(*ends))
     if "label_0" in frame:
         decided = frame[frame["label_0"].notna() & (frame["label_0"] != 0.5) & (frame["soft_label_0"] != 0.5)]
-        agreement = ((decided["soft_label_0"] > 0.5) == (decided["label_0"] > 0.5)).mean()
-        logger.info(f"The label agrees with people on {agreement:.1%} of the {len(decided)} pairs that both decided.")
+        agreed = ((decided["soft_label_0"] > 0.5) == (decided["label_0"] > 0.5)).sum()
+        logger.info(f"The label agrees with people on {agreed} of the {len(decided)} pairs that both decided.")
 
 
 def upload(path, metadata, args):

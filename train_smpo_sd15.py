@@ -287,7 +287,7 @@ def resolve(args):
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
-        problems.append(f"--report_to {args.report_to} needs it: pip install -U accelerate {args.report_to}.")
+        problems.append(f"--report_to {args.report_to} is not installed: pip install -U accelerate {args.report_to}.")
     for file in args.labels_path or []:
         if not Path(file).is_file():
             problems.append(f"--labels_path {file} is not a file: write it with relabel_pickapic.py.")
@@ -1230,9 +1230,10 @@ def streamed_examples(pairs, state, accelerator, args):
                     example = prepare_pair(pair, label_of[key], pairs.draw(epoch, rank, drawn), args)
                 except ValueError as error:
                     problems.append(f"{key}: {error}")
-                    if len(problems) == min(len(pairs), MAX_BAD_IN_A_ROW):
-                        number = len(problems)
-                        raise UserError(f"None of {number} pairs in a row of {name} can be read, {problems[-1]}.")
+                    # Twice: a pair may end one epoch, and all others stand before it in the next.
+                    if len(problems) == min(2 * len(pairs), MAX_BAD_IN_A_ROW):
+                        found = f"None of {len(problems)} pairs in a row of {name} can be read"
+                        raise UserError(f"{found}, {problems[-1]}.")
                     continue
                 yield {**example, "problems": problems, "state": (epoch, drawn, stream.state_dict())}
                 problems = []

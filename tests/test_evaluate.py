@@ -766,9 +766,23 @@ def test_a_tracker_that_fails(copy, tmp_path, monkeypatch):
 
 
 def test_a_broken_checkpoint_is_blamed_on_its_run(tmp_path):
-    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    unet = tmp_path / "run" / "checkpoint-5" / "unet"
+    unet.mkdir(parents=True)
     with pytest.raises(UserError, match="--run_dir .*run/checkpoint-5 holds none of the files that tell"):
         evaluate(tmp_path / "out", models=None, run_dir=tmp_path / "run")
+    (unet / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="--run_dir .*run/checkpoint-5 cannot be loaded: "):
+        evaluate(tmp_path / "out", models=None, run_dir=tmp_path / "run", max_prompts=1)
+
+
+def test_what_does_not_reach_the_disk_is_not_there(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="a.json cannot be written .No space left on device.. .*: make room"):
+        evaluate_smpo.save_text(tmp_path / "a.json", "{}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_mistake_is_said_alone_and_before_anything_else(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import ROOT, TINY, assert_same_labels, encoded, names_in, relabel, train
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
@@ -418,3 +419,12 @@ def test_decode_image_in_every_mode():
     assert decode_image(grey).getpixel((0, 0)) == (155, 155, 155)  # 40,000 / 257
     gone = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert decode_image(encoded(gone)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_agreement_counts_what_label_and_people_decided(caplog):
+    rows = [(0.6, 1.0), (0.7, 0.0), (0.5, 1.0), (0.5, 0.0), (0.4, 0.5), (0.4, None)]
+    table = pa.table({"soft_label_0": [soft for soft, _ in rows], "label_0": [label for _, label in rows]})
+    PartialState(cpu=True)  # the logger asks it which process this is
+    with caplog.at_level("INFO"):
+        relabel_pickapic.report(table.append_column("valid", pa.array([True] * len(rows))), {})
+    assert "The label agrees with people on 1 of the 2 pairs that both decided." in caplog.text

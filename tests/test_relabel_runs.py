@@ -153,15 +153,16 @@ def test_a_file_damaged_in_the_middle_holds_up_nothing_else(shards, whole, tmp_p
     assert_same_labels(path, whole)
 
 
-def test_a_lost_connection_and_a_damaged_column_of_keys_are_named(shards, tmp_path, monkeypatch):
-    """The Hub's errors are those of its HTTP library, and none of the system's."""
+def test_a_lost_connection_and_a_damaged_column_of_keys_are_named(shards, tmp_path, monkeypatch, caplog):
+    """The Hub's errors are those of its HTTP library, and none of the system's. No password is told."""
 
     def read(*args):
-        raise HTTPError("lost")
+        raise HTTPError("lost https://me:secret@host")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="could not be read.*\n.*train-00000.parquet"):
         patch.setattr(relabel_pickapic.ParquetShards, "read", read)
         relabel(dataset_name=shards, output_path=tmp_path / "labels.parquet")
+    assert "lost https://host" in caplog.text and "secret" not in caplog.text
     path = shutil.copy(sorted(shards.parent.iterdir())[0], tmp_path / "damaged.parquet")
     column = pq.ParquetFile(path).metadata.row_group(0).column(pq.read_schema(path).names.index("caption"))
     data = bytearray(path.read_bytes())
@@ -295,7 +296,10 @@ def test_labels_are_uploaded(hub, server, tmp_path):
                      push_to_hub=True, hub_dataset_id="ada/labelled")  # fmt: skip
     assert server.run(other) != 0
     assert "cannot be uploaded: ada/labelled has a labels.parquet already" in server.output()
-    assert (repo / "README.md").read_text() == card
+    others = flags_of(tmp_path / "other" / "others.parquet", dataset_name=TINY / "pairs", dataset_split_name="test",
+                      push_to_hub=True, hub_dataset_id="ada/labelled")  # fmt: skip
+    assert server.run(others) == 0, server.output()
+    assert (repo / "others.parquet").exists() and (repo / "README.md").read_text() == card
 
 
 def test_streaming_is_for_parquet(tmp_path):

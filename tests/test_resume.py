@@ -107,7 +107,7 @@ def test_a_run_killed_many_times_ends_as_the_whole_one(num_kills, flags, server,
         os.killpg(process, signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL, "the run had ended"
         killed += 1
-    assert during_a_save >= num_kills // 10
+    assert during_a_save >= num_kills // 5
     assert server.run(args) == 0
     name = LORA_FILE if flags["rank"] else UNET_FILE
     assert same_weights(tmp_path / "whole" / name, output_dir / name)
@@ -369,7 +369,7 @@ def test_numbers_that_stay_wrong_end_the_run_and_its_workers(tmp_path):
 # Bad data
 
 
-def test_bad_pairs_give_way_and_are_counted(tmp_path, caplog):
+def test_bad_pairs_give_way_and_are_counted(tmp_path, caplog, monkeypatch):
     """The next pair takes the place of one that cannot be read at either side, and the reason is logged."""
     labels = [0.9 - i / 100 for i in range(8)]
     columns = pd.read_parquet(TINY / "pairs" / "test.parquet", columns=["jpg_0", "jpg_1", "caption"])[:8].to_dict(
@@ -389,6 +389,12 @@ def test_bad_pairs_give_way_and_are_counted(tmp_path, caplog):
     args = parse_args(train_flags(tmp_path / "other", **flags))
     data = train_smpo_sd15.load_data("dataset_split_name", args)
     pairs = train_smpo_sd15.select_pairs(data, 1000, args)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="None of 1 pairs in a row of .*, row 3 of the"),
+    ):
+        patch.setattr(train_smpo_sd15, "MAX_BAD_IN_A_ROW", 1)
+        pairs[0, 3]
     for row in range(8):
         example = pairs[0, row]
         assert example["soft_label_0"] == np.float32(labels[(row + (row in reasons)) % 8])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import datasets
 import hub_server
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,7 +20,7 @@ from packaging import version
 from safetensors.torch import load_file
 
 import train_smpo_sd15
-from train_smpo_sd15 import LORA_FILE, decode_image, load_data, parse_args, select_pairs, streamed_batches
+from train_smpo_sd15 import LORA_FILE, UserError, decode_image, load_data, parse_args, select_pairs, streamed_batches
 
 
 FAST = {"label_column": "label_0", "noising": "forward", "streaming": True, "checkpointing_steps": 100}
@@ -41,7 +42,7 @@ def steps(shards, tmp_path, monkeypatch):
 
     def draw(count, rank=0, num_processes=1, state=None, **flags):
         flags = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "proportion_empty_prompts": 0, **flags}
-        args = parse_args(train_flags(tmp_path / "out", dataset_name=shards, **FAST, **flags))
+        args = parse_args(train_flags(tmp_path / "out", **{"dataset_name": shards, **FAST, **flags}))
         pairs = select_pairs(load_data("dataset_split_name", args, streaming=True), 1000, args)
         accelerator = SimpleNamespace(process_index=rank, num_processes=num_processes)
         stream, drawn = streamed_batches(pairs, state, accelerator, args), []
@@ -76,6 +77,25 @@ def test_an_epoch_of_a_stream(steps, shards):
     assert sorted(caption for caption, *_ in second) == expected
     assert [caption for caption, *_ in first] != [caption for caption, *_ in second]
     assert len({tuple(seeds) for _, _, seeds, _ in drawn}) == len(drawn)
+
+
+def test_bad_pairs_in_a_row_end_a_stream_only_if_none_can_be_read(steps, tmp_path, monkeypatch):
+    """Of two pairs, which change places from epoch to epoch, the bad one may come twice in a row."""
+    table = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, 2).append_column("mine", pa.array([0.9, 0.9]))
+    one = {"dataset_name": tmp_path / "pairs.parquet", "label_column": "mine", "human_label_column": "none"}
+    one |= {"train_batch_size": 1, "gradient_accumulation_steps": 1}
+
+    def put(*images):
+        column = table.schema.get_field_index("jpg_0")
+        pq.write_table(table.set_column(column, "jpg_0", pa.array(images)), one["dataset_name"], row_group_size=1)
+
+    put(table["jpg_0"][0].as_py(), b"x")
+    assert len(steps(20, **one)) == 20
+    put(b"x", b"x")
+    for limit, found in ((10_000, 4), (3, 3)):
+        monkeypatch.setattr(train_smpo_sd15, "MAX_BAD_IN_A_ROW", limit)
+        with pytest.raises(UserError, match=f"None of {found} pairs in a row of .* can be read, "):
+            steps(1, **one)
 
 
 def test_held_out_pairs_of_a_stream_are_copied_without_the_others(tmp_path, monkeypatch):

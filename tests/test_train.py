@@ -283,7 +283,7 @@ def test_a_number_that_is_none_is_named(flag, value, accepted, tmp_path, capsys)
 
 def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(train_smpo_sd15.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="--report_to trackio needs it: pip install -U accelerate trackio."):
+    with pytest.raises(ValueError, match="--report_to trackio is not installed: pip install -U accelerate trackio."):
         parse_args(train_flags(tmp_path, report_to="trackio"))
 
 
