@@ -133,9 +133,9 @@ def over(runs, name, step, steps):
     return differences(groups, runs[(runs["name"] == name) & (runs["step"] == step)])
 
 
-def smoothed_over_hard(runs, step):
-    """What smoothed labels have gained over hard ones after `step` steps, noising by noising."""
-    of_row = dict(list(runs[runs["step"] == step].groupby("name")))
+def smoothed_over_hard(runs):
+    """What smoothed labels have gained over hard ones, noising by noising, in runs of one setting a row."""
+    of_row = dict(list(runs.groupby("name")))
     names = [
         (f"{name}_soft", f"{name}_hard") for name in NOISINGS if of_row.keys() >= {f"{name}_soft", f"{name}_hard"}
     ]
@@ -171,8 +171,12 @@ def rule(runs):
         return "\n".join([*lines, "", f"**Not decided**: it takes {NUM_SEEDS} seeds, and own pairs of what beats it."])
     rows = [name for name in rows if not worse[name]]
     decided = PAPER if not rows else RELEASED if RELEASED in rows else candidates.loc[rows, "reward"].idxmax()
-    better = over(foreign[foreign["name"].isin(rows)], decided, step, step)
-    better = better[both_ahead(better, "p", "judge_p")]
+    others = over(foreign[foreign["name"].isin(rows)], decided, step, step)
+    for other in others.itertuples():
+        found = f"{other.reward:+.2f} ± {other.half:.2f} in reward (p = {other.p:.3f})"
+        found += f", {other.judge:+.2f} ± {other.judge_half:.2f} by the judge (p = {other.judge_p:.3f})"
+        lines.append(f"- {TITLES[other.Index]}, over {TITLES[decided]}: {found}")
+    better = others[both_ahead(others, "p", "judge_p")]
     decided = better["reward"].idxmax() if len(better) else decided
     return "\n".join([*lines, "", f"**The default by the rule: {TITLES[decided]}.**"])
 
@@ -231,9 +235,12 @@ def calm_tables(runs):
         tables |= {
             f"{pairs} pairs": results_table(same),
             f"{pairs} pairs, equal steps": comparison_table(over(same, PAPER, last, last), "{}, over the paper's"),
-            f"{pairs} pairs, over hard labels": comparison_table(smoothed_over_hard(same, last), "{}, over hard"),
+            f"{pairs} pairs, over hard labels": comparison_table(
+                smoothed_over_hard(same[same["step"] == last]), "{}, over hard"
+            ),
             f"{pairs} pairs, about equal UNet calls": comparison_table(over(same, CHEAPEST, last, first), cheapest),
             f"{pairs} pairs, rate and step by the tuning prompts": results_table(tuned) if len(tuned) else None,
+            f"{pairs} pairs, so tuned, over hard labels": comparison_table(smoothed_over_hard(tuned), "{}, over hard"),
         }
     return titled(tables)
 
