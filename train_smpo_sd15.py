@@ -1182,21 +1182,17 @@ def shuffled_keys(pairs, start, num_processes, process_index, args):
     epoch's shuffle. The pairs of a step are sorted by timestep and dealt out in turns, so that no process waits for
     one whose pairs make more moves.
     """
-    size = args.train_batch_size * num_processes
+    pairs_per_micro_step = args.train_batch_size * num_processes
+    pairs_per_step = pairs_per_micro_step * args.gradient_accumulation_steps
 
-    def micro_batches():
-        batches_per_epoch = len(pairs) // size
-        epoch, first = divmod(start * args.gradient_accumulation_steps, batches_per_epoch)
-        while True:
+    def all_keys():
+        for epoch in itertools.count():
             order = np.random.default_rng([args.seed, epoch]).permutation(len(pairs))
-            for batch in range(first, batches_per_epoch):
-                yield [(epoch, int(index)) for index in order[batch * size : (batch + 1) * size]]
-            epoch, first = epoch + 1, 0
+            yield from ((epoch, int(index)) for index in order[: len(pairs) - len(pairs) % pairs_per_micro_step])
 
-    endless = micro_batches()
+    keys = itertools.islice(all_keys(), start * pairs_per_step, None)
     while True:
-        keys = itertools.chain.from_iterable(itertools.islice(endless, args.gradient_accumulation_steps))
-        dealt = sorted(keys, key=pairs.timestep)[process_index::num_processes]
+        dealt = sorted(itertools.islice(keys, pairs_per_step), key=pairs.timestep)[process_index::num_processes]
         yield from group_for_inversion(dealt, pairs.timestep, args)
 
 
