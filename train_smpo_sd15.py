@@ -1387,9 +1387,6 @@ def save_checkpoint(accelerator, progress, record, args):
     if folder.exists():  # a signal after steps that were not taken
         return
     progress.positions = gather_object(progress.positions)
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
     try:
         accelerator.save_state(partial)
         accelerator.wait_for_everyone()
@@ -1403,9 +1400,7 @@ def save_checkpoint(accelerator, progress, record, args):
         raise UserError(f"{problem} {last_checkpoint(args)} Make room and resume.") from error
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:
         for old in find_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-            doomed = old.with_name(f"partial-{old.name}")  # half deleted, it no longer has a checkpoint's name
-            shutil.rmtree(doomed, ignore_errors=True)
-            old.rename(doomed)
+            doomed = old.rename(old.with_name(f"partial-{old.name}"))  # half deleted, it has no checkpoint's name
             shutil.rmtree(doomed)
     accelerator.wait_for_everyone()
 
