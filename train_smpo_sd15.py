@@ -1004,18 +1004,14 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, key):
-        """The pair, or the next one that can be read; `problems` says why those before could not."""
-        (epoch, first), problems = key, []
-        for distance in range(min(len(self), MAX_BAD_IN_A_ROW)):
-            index = (first + distance) % len(self)
+        """The pair, or the next one that can be read."""
+        return first_readable(self.following(*key), len(self), self.args)
+
+    def following(self, epoch, first):
+        for place in itertools.count(first):
+            index = place % len(self)
             row = int(self.rows[index])
-            try:
-                example = prepare_pair(self.data[row], self.soft_labels_0[index], self.draw(epoch, row), self.args)
-                return {**example, "problems": problems}
-            except ValueError as error:
-                problems.append(f"row {row} of the data set: {error}")
-        name = self.args.dataset_name
-        raise UserError(f"None of {len(problems)} pairs in a row of {name} can be read, {problems[-1]}.")
+            yield f"row {row} of the data set", self.data[row], self.soft_labels_0[index], self.draw(epoch, row)
 
     def draw(self, *numbers):
         """Everything random about a pair; all of it is drawn in any case, so that no flag changes the rest."""
@@ -1136,12 +1132,23 @@ def prepare_pair(pair, soft_label_0, drawn, args):
     if 2 * min(min(image.size) for image in images) < size:
         warnings.warn(f"Some images are enlarged more than twice to --resolution {size}: lower it.")
     return {
+        **drawn,
         "pixel_values": [cut_square(image, size, drawn["mirror"]) for image in images],
         "caption": "" if drawn["empty"] else caption,
         "soft_label_0": float(soft_label_0),
-        "timestep": drawn["timestep"],
-        "seeds": drawn["seeds"],
     }
+
+
+def first_readable(pairs, most, args):
+    """The first pair that can be read, of tuples of a place in words and what `prepare_pair` takes; `problems` says
+    why those before it, fewer than `most`, could not."""
+    problems = []
+    for place, *pair in itertools.islice(pairs, min(most, MAX_BAD_IN_A_ROW)):
+        try:
+            return {**prepare_pair(*pair, args), "problems": problems}
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+    raise UserError(f"None of {len(problems)} pairs in a row of {args.dataset_name} can be read, {problems[-1]}.")
 
 
 def cut_square(image, resolution, mirror):
@@ -1194,8 +1201,8 @@ def shuffled_keys(pairs, start, num_processes, process_index, args):
         yield from group_for_inversion(dealt, pairs.timestep, args)
 
 
-def streamed_examples(pairs, state, accelerator, args):
-    """Endless examples of one process from `Pairs` that are read in order, each with the state to go on from after it.
+def streamed_pairs(pairs, state, accelerator, args):
+    """Endless pairs of one process, for `first_readable`, each with the `state` to go on from after it.
 
     The row groups are shuffled by (seed, epoch), shared out to the processes, and `MIXED_ROW_GROUPS` of them read in
     turns. A `UserError` says which data break off."""
@@ -1208,7 +1215,7 @@ def streamed_examples(pairs, state, accelerator, args):
         raise UserError(f"--key_columns {' '.join(columns)} do not tell pairs with unlike labels apart: name more.")
     label_of = labels.to_dict()
 
-    (epoch, drawn, position), problems = state or (0, 0, None), []
+    epoch, drawn, position = state or (0, 0, None)
     while True:
         stream.set_epoch(epoch)
         if position is not None:
@@ -1220,17 +1227,8 @@ def streamed_examples(pairs, state, accelerator, args):
                 if key not in label_of:
                     continue
                 drawn += 1
-                try:
-                    example = prepare_pair(pair, label_of[key], pairs.draw(epoch, rank, drawn), args)
-                except ValueError as error:
-                    problems.append(f"{key}: {error}")
-                    # Twice: a pair may end one epoch, and all others stand before it in the next.
-                    if len(problems) == min(2 * len(pairs), MAX_BAD_IN_A_ROW):
-                        found = f"None of {len(problems)} pairs in a row of {name} can be read"
-                        raise UserError(f"{found}, {problems[-1]}.")
-                    continue
-                yield {**example, "problems": problems, "state": (epoch, drawn, stream.state_dict())}
-                problems = []
+                state = epoch, drawn, stream.state_dict()
+                yield key, pair, label_of[key], {**pairs.draw(epoch, rank, drawn), "state": state}
         if drawn == before and position is None:
             reason = "--key_columns fit no label, or processes outnumber row groups"
             raise UserError(f"No pair of --dataset_name {name} comes to process {rank}: {reason}.")
@@ -1239,15 +1237,16 @@ def streamed_examples(pairs, state, accelerator, args):
 
 def streamed_batches(pairs, state, accelerator, args):
     """Endless batches of one process, with --streaming. The last of an optimiser step holds the `state` after it."""
-    endless = streamed_examples(pairs, state, accelerator, args)
+    most = 2 * len(pairs)  # a pair may end one epoch, and all others stand before it in the next
+    job = first_readable, streamed_pairs(pairs, state, accelerator, args), most, args
     reader = ThreadPoolExecutor(1)  # ahead of the step that uses it
     try:
-        ahead = deque(reader.submit(next, endless) for _ in range(READ_AHEAD))
+        ahead = deque(reader.submit(*job) for _ in range(READ_AHEAD))
         while True:
             step = []
             for _ in range(args.train_batch_size * args.gradient_accumulation_steps):
                 step.append(ahead.popleft().result())
-                ahead.append(reader.submit(next, endless))
+                ahead.append(reader.submit(*job))
             *groups, last = group_for_inversion(step, lambda example: example["timestep"], args)
             yield from map(collate_pairs, groups)
             yield {**collate_pairs(last), "state": step[-1]["state"]}
