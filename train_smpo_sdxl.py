@@ -358,7 +358,6 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -374,8 +373,7 @@ logger = get_logger(__name__)
 # In which this script differs from its sibling, besides `encode_prompts`, `call_unet` and some defaults.
 PIPELINE = StableDiffusionXLPipeline
 PIPELINE_OPTIONS = {"add_watermarker": False}  # of validation
-TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-TOKENIZERS = ["tokenizer", "tokenizer_2"]
+TOKENIZERS, TEXT_ENCODERS = ["tokenizer", "tokenizer_2"], ["text_encoder", "text_encoder_2"]
 ADDITION_EMBED_TYPE = "text_time"
 ACCEPTED_MODELS = "SDXL base models and those made from them, not its refiner; for SD1.5 there is train_smpo_sd15.py"
 MODEL_LICENSE, MODEL_TAG = "openrail++", "stable-diffusion-xl"
@@ -838,27 +836,29 @@ def load_noise_schedule(args):
     return alpha_bar, prediction_type
 
 
+def make_pipeline(unet, args, **parts):
+    """A pipeline of the base model with another UNet; `parts` replace further parts of it."""
+    source = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
+    pipeline = PIPELINE.from_pretrained(args.pretrained_model_name_or_path, unet=unet, **source, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def load_models(args, device, weight_dtype):
     """The base model: VAE and text encoders frozen in `weight_dtype`, the UNet in fp32, or for LoRA like the rest.
 
-    Returns a dict of `unet`, `vae`, `TOKENIZERS` and `TEXT_ENCODERS`. With --offload only the UNet stays on `device`.
-    """
-    name, models = args.pretrained_model_name_or_path, {}
-    with explain_errors("pretrained_model_name_or_path", name):
+    Returns a dict of the pipeline's parts. With --offload only the UNet stays on `device`."""
+    unet = load_network("unet", UNet2DConditionModel, args, torch.float32 if args.rank is None else weight_dtype)
+    vae = load_network("vae", AutoencoderKL, args, torch.float32)
+    with explain_errors("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
+        models = make_pipeline(unet.to(device), args, vae=vae, **PIPELINE_OPTIONS).components
         for part in TOKENIZERS:
-            models[part] = CLIPTokenizer.from_pretrained(name, subfolder=part, revision=args.revision)
             if len(models[part]) <= 2:  # start and end of a text: transformers makes it up where the files are missing
                 raise ValueError(f"its {part} has no vocabulary")
-        for part, encoder_class in TEXT_ENCODERS.items():
-            models[part] = encoder_class.from_pretrained(
-                name, subfolder=part, revision=args.revision, variant=args.variant, use_safetensors=True
-            ).to(weight_dtype)
-    upcast = VAE_MAY_OVERFLOW and load_network("vae", AutoencoderKL, args).get("force_upcast", True)
-    models["vae"] = load_network("vae", AutoencoderKL, args, torch.float32 if upcast else weight_dtype)
+    upcast = VAE_MAY_OVERFLOW and vae.config.force_upcast
     for part in ["vae", *TEXT_ENCODERS]:
-        models[part].requires_grad_(False).to("cpu" if args.offload else device)
-    unet_dtype = torch.float32 if args.rank is None else weight_dtype
-    models["unet"] = load_network("unet", UNet2DConditionModel, args, unet_dtype).to(device)
+        dtype = torch.float32 if upcast and part == "vae" else weight_dtype
+        models[part].requires_grad_(False).to("cpu" if args.offload else device, dtype)
     return models
 
 
@@ -1496,14 +1496,6 @@ def listen_for_stop():
 
 
 # ---- Validation, output, model card ---------------------------------------------------------------------------------
-
-
-def make_pipeline(unet, args, **parts):
-    """A pipeline of the base model with another UNet; `parts` replace further parts of it."""
-    source = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
-    pipeline = PIPELINE.from_pretrained(args.pretrained_model_name_or_path, unet=unet, **source, **parts)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @torch.no_grad()

@@ -118,23 +118,21 @@ def make_models(kind, script, args, device, dtype):
         CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer"),
     )
 
-    def load_network(part, network_class, args, dtype=None):
+    def load_network(part, network_class, args, dtype):
         torch.manual_seed(0)  # the reference is the policy's start
-        network = makers[part](kind)
-        return network.config if dtype is None else torch.nn.Module.to(network, dtype)
+        return torch.nn.Module.to(makers[part](kind), dtype)
+
+    def make_pipeline(unet, args, vae, **options):
+        parts = {**dict.fromkeys(script.TOKENIZERS, tokenizer), "unet": unet, "vae": vae}
+        return SimpleNamespace(components=parts | dict(zip(script.TEXT_ENCODERS, make_text_encoders(kind))))
 
     args = argparse.Namespace(**{**vars(args), "offload": False})  # networks without data cannot be moved
     with (
         torch.device(device),
         mock.patch.object(script, "load_network", load_network),
-        mock.patch.object(script.CLIPTokenizer, "from_pretrained", lambda *_, **__: tokenizer),
+        mock.patch.object(script, "make_pipeline", make_pipeline),
     ):
-        encoders = {
-            part: SimpleNamespace(from_pretrained=lambda *_, encoder=encoder, **__: encoder)
-            for part, encoder in zip(script.TEXT_ENCODERS, make_text_encoders(kind))
-        }
-        with mock.patch.dict(script.TEXT_ENCODERS, encoders):
-            models = script.load_models(args, device, dtype)
+        models = script.load_models(args, device, dtype)
         script.set_up_unets(SimpleNamespace(device=device, distributed_type="NO"), models, dtype, args)
     return models
 
