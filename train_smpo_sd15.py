@@ -347,7 +347,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import ProjectConfiguration, convert_outputs_to_fp32, gather_object
 from datasets import load_dataset, load_dataset_builder
 from datasets.distributed import split_dataset_by_node
 from filelock import FileLock, Timeout
@@ -850,11 +850,13 @@ def load_models(args, device, weight_dtype):
 
 def load_reference(args, device, weight_dtype):
     """The frozen reference for full fine-tuning. Autocast rounds the policy's convolution and linear weights at every
-    use; the reference's are stored rounded, so that both start equal: beta would magnify a difference."""
+    use; the reference's are stored rounded, so that both start equal: beta would magnify a difference. Its outputs are
+    cast to fp32, as accelerate casts the policy's."""
     ref_unet = load_network("unet", UNet2DConditionModel, args, torch.float32).requires_grad_(False)
     for module in ref_unet.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             module.to(weight_dtype)
+    ref_unet.forward = convert_outputs_to_fp32(ref_unet.forward)
     return ref_unet.to("cpu" if args.offload else device)
 
 
@@ -1491,10 +1493,7 @@ def draw_validation(accelerator, unet, context):
     The processes share the prompts. With padding each draws as many, as under FSDP all have to call the UNet."""
     models, args, device, drawn = context.models, context.args, accelerator.device, []
     parts = {part: models[part] for part in ["vae", *TOKENIZERS, *TEXT_ENCODERS]}
-    unet = accelerator.unwrap_model(unet)
-    # Latents stay in fp32 between the steps: accelerate sees to it for the policy, and not for the reference.
-    in_fp32 = unet.register_forward_hook(lambda module, inputs, output: (output[0].float(),))
-    pipeline = make_pipeline(unet, args, **parts, **PIPELINE_OPTIONS)
+    pipeline = make_pipeline(accelerator.unwrap_model(unet), args, **parts, **PIPELINE_OPTIONS)
     vae, seeds = models["vae"], range(args.seed, args.seed + args.num_validation_images)
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     options["num_inference_steps"] = args.validation_inference_steps
@@ -1511,8 +1510,6 @@ def draw_validation(accelerator, unet, context):
             latents = (latents / vae.config.scaling_factor).to(vae.dtype)
             decoded = torch.cat([vae.decode(latent).sample for latent in latents.split(1)])
             drawn.append((number, pipeline.image_processor.postprocess(decoded)))
-    in_fp32.remove()
-    del pipeline
     free_memory()
     of_prompt = dict(gather_object(drawn))
     return [image for number, _ in prompts for image in of_prompt[number]]
