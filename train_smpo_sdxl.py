@@ -88,7 +88,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -1458,13 +1458,10 @@ def require_same_run(record, args):
     record["wandb_id"], record["progress"] = saved["wandb_id"], saved["progress"]
 
 
-@contextmanager
-def claim_output(accelerator, record, args):
-    """Makes the output folder, keeps other runs out of it, clears away what a killed run was still writing there, and
-    writes the record. A `UserError` names the run that is in it, or says that it cannot be written to."""
-    if not accelerator.is_main_process:
-        yield
-        return
+def claim_output(record, args):
+    """Makes the output folder, clears away what a killed run was still writing there, and writes the record. Returns
+    the lock, for a `with`, that keeps other runs out of it. A `UserError` names the run that is in it, or says that it
+    cannot be written to."""
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1475,11 +1472,10 @@ def claim_output(accelerator, record, args):
         raise UserError(f"--output_dir {folder} is in use by {holder}: wait for it or stop it.") from error
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written to ({error}): name another.") from error
-    with lock:
-        for leftover in folder.glob("partial-checkpoint-*"):
-            shutil.rmtree(leftover)
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2))
-        yield
+    for leftover in folder.glob("partial-checkpoint-*"):
+        shutil.rmtree(leftover)
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2))
+    return lock
 
 
 def listen_for_stop():
@@ -1869,7 +1865,7 @@ def main(args):
     record = record_of_run(accelerator, pairs, args)
     if args.resume_from_checkpoint is not None:
         require_same_run(record, args)
-    with claim_output(accelerator, record, args):
+    with claim_output(record, args) if accelerator.is_main_process else nullcontext():
         try:
             train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args)
         except torch.OutOfMemoryError as error:
