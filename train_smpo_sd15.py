@@ -1603,9 +1603,8 @@ def save_final(unet, step, args):
         save_lora(unet, args.output_dir)
     else:
         unet.save_pretrained(Path(args.output_dir) / "unet")  # first: the rest of the pipeline may fail to load
-        pipeline = make_pipeline(unet, args, vae=load_network("vae", AutoencoderKL, args, torch.float32))
-        for part in TEXT_ENCODERS:
-            getattr(pipeline, part).to(torch.float32)
+        vae = load_network("vae", AutoencoderKL, args, torch.float32)
+        pipeline = make_pipeline(unet, args, vae=vae).to(torch.float32)
         for part in (pipeline, pipeline.unet, pipeline.vae):
             part.register_to_config(_name_or_path=published(part.config["_name_or_path"]))
         pipeline.save_pretrained(args.output_dir)
