@@ -1665,15 +1665,15 @@ def start_accelerator(args):
 def configure_engine(accelerator, args):
     """Configures FSDP2, the one engine that shards; a `UserError` says what machine or engine cannot do."""
     engine, accumulation = accelerator.distributed_type, accelerator.gradient_accumulation_steps
-    given, problem = f"--gradient_accumulation_steps {args.gradient_accumulation_steps}", None
+    given = f"--gradient_accumulation_steps {args.gradient_accumulation_steps}"
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        problem = "--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU."
+        raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU.")
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "mps":
-        problem = "--mixed_precision bf16 is not supported on MPS: use fp16 or no."
+        raise UserError("--mixed_precision bf16 is not supported on MPS: use fp16 or no.")
     if accumulation != args.gradient_accumulation_steps:
-        problem = f"{given}, but accelerate's configuration says {accumulation}: make them equal."
+        raise UserError(f"{given}, but accelerate's configuration says {accumulation}: make them equal.")
     if engine == DistributedType.DEEPSPEED:
-        problem = "DeepSpeed is not supported: configure accelerate for FSDP, version 2, which shards as well."
+        raise UserError("DeepSpeed is not supported: configure accelerate for FSDP, version 2, which shards as well.")
     if engine == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         # Weights gathered for an inversion stay until the backward pass: processes make unlike numbers of moves.
@@ -1684,14 +1684,12 @@ def configure_engine(accelerator, args):
         plugin.cpu_ram_efficient_loading = False
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         if args.rank is not None:
-            problem = "--rank: a LoRA is too small to be worth sharding: train it without FSDP."
+            raise UserError("--rank: a LoRA is too small to be worth sharding: train it without FSDP.")
         if args.optimizer == "adafactor" or args.use_8bit_adam:
             flag = "--use_8bit_adam" if args.use_8bit_adam else "--optimizer adafactor"
-            problem = f"{flag} cannot work on the shards of FSDP: use --optimizer adamw alone."
+            raise UserError(f"{flag} cannot work on the shards of FSDP: use --optimizer adamw alone.")
         if plugin.fsdp_version != 2 or is_accelerate_version("<", "1.13.0"):
-            problem = "FSDP has to be of fsdp_version: 2 in accelerate's configuration, and accelerate 1.13 or later."
-    if problem is not None:
-        raise UserError(problem)
+            raise UserError("FSDP needs fsdp_version: 2 in accelerate's configuration, and accelerate 1.13 or later.")
 
 
 def make_optimizer(parameters, learning_rate, args):

@@ -99,7 +99,7 @@ def test_sdxl_in_bf16_starts_at_the_reference(shard, tmp_path, sdxl):
         ("FSDP", {}, {"rank": 2}, "--rank: a LoRA is too small to be worth sharding: train it without FSDP"),
         ("FSDP", {}, {"optimizer": "adafactor"}, "--optimizer adafactor cannot work on the shards of FSDP"),
         ("FSDP", {}, {"use_8bit_adam": True}, "--use_8bit_adam cannot work on the shards of FSDP"),
-        ("FSDP", {"fsdp_version": 1}, {}, "FSDP has to be of fsdp_version: 2 in accelerate's configuration"),
+        ("FSDP", {"fsdp_version": 1}, {}, "FSDP needs fsdp_version: 2 in accelerate's configuration"),
         ("FSDP", {"old": True}, {}, "fsdp_version: 2 in accelerate's configuration, and accelerate 1.13 or later"),
         ("DEEPSPEED", {}, {}, "DeepSpeed is not supported: configure accelerate for FSDP, version 2"),
         ("NO", {"accumulation": 4}, {"gradient_accumulation_steps": 2}, "steps 2, but accelerate's .* says 4"),
