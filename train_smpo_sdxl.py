@@ -343,7 +343,6 @@ import datasets
 import numpy as np
 import pandas as pd
 import peft
-import pyarrow.parquet as pq
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
@@ -979,14 +978,12 @@ def join_labels(keys, split, args):
     is missing, that a pair has no row in the files, or that two rows of one pair contradict each other."""
     flag, label = f"--labels_path {' '.join(args.labels_path)}", args.label_column
     with explain_errors("labels_path", " ".join(args.labels_path), "whole files of relabel_pickapic.py"):
-        present = set.intersection(*(set(pq.read_schema(path).names) for path in args.labels_path))
-    columns = [key for key in LABEL_KEYS[: keys.shape[1]] if key in present]
-    if label not in present or columns[:2] != LABEL_KEYS[:2]:
-        needed = f"{', '.join(LABEL_KEYS[:2])} and {label}"
-        has = ", ".join(sorted(present))
+        labels = pd.concat(map(pd.read_parquet, args.labels_path), join="inner")
+    columns = [key for key in LABEL_KEYS[: keys.shape[1]] if key in labels]
+    if label not in labels or columns[:2] != LABEL_KEYS[:2]:
+        needed, has = f"{', '.join(LABEL_KEYS[:2])} and {label}", ", ".join(labels)
         raise UserError(f"{flag} needs the columns {needed}, it has {has}: write it with relabel_pickapic.py.")
-    labels = pd.concat([pd.read_parquet(path, columns=[*columns, label]) for path in args.labels_path])
-    labels = labels.astype(dict.fromkeys(columns, str)).drop_duplicates()
+    labels = labels[[*columns, label]].astype(dict.fromkeys(columns, str)).drop_duplicates()
     doubled = labels[labels.duplicated(columns)]
     if len(doubled):
         raise UserError(f"{flag} has several labels for {doubled.iloc[0][columns].to_dict()}. A pair needs one.")
