@@ -381,12 +381,9 @@ VAE_MAY_OVERFLOW = True  # in half precision, where its configuration says `forc
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would also start Ghostscript for PostScript
 MAX_PIXELS, MAX_ASPECT = 50_000_000, 100  # of an image; a small file can hold more than memory does
-LEARNING_RATE_PER_PAIR = 1e-8  # published, as its authors scale it: 1.024e-5 at 1,024 pairs a step
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 KOHYA_LORA_FILE = "pytorch_lora_weights_kohya.safetensors"  # for ComfyUI and A1111
-MAX_WORKERS = 8
 MIXED_ROW_GROUPS, STREAM_ROWS, READ_AHEAD = 16, 16, 32  # of streamed data: in turns, rows at a time, pairs in advance
-PROCESS_TIMEOUT = timedelta(hours=6)  # how long processes wait for the first one to prepare a data set
 STOP_SIGNALS = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal with a checkpoint saved, to be started again
 RECORD_FILE = "training_args.json"
@@ -1286,7 +1283,7 @@ def make_loader(accelerator, pairs, groups, args):
     on_gpu, num_workers = accelerator.device.type != "cpu", args.dataloader_num_workers
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_workers = min(MAX_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if on_gpu else 0
+        num_workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if on_gpu else 0
     pinned = accelerator.device.type == "cuda"
     options = {"num_workers": num_workers, "worker_init_fn": ignore_stop, "pin_memory": pinned}
     return torch.utils.data.DataLoader(pairs, batch_sampler=groups, collate_fn=collate_pairs, **options)
@@ -1645,7 +1642,7 @@ def start_accelerator(args):
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / "logs")),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # for the first process to prepare a data set
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # or it holds every gradient twice
         ],
         step_scheduler_with_optimizer=False,  # it steps once an optimiser step, whatever the number of processes
@@ -1822,7 +1819,7 @@ def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args
     steps_per_epoch = math.ceil(len(pairs) // pairs_per_micro_step / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     pairs_per_step = pairs_per_micro_step * args.gradient_accumulation_steps
-    learning_rate = args.learning_rate or LEARNING_RATE_PER_PAIR * pairs_per_step
+    learning_rate = args.learning_rate or 1e-8 * pairs_per_step  # published: 1.024e-5 at 1,024 pairs a step
     optimizer = make_optimizer(parameters, learning_rate, args)
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, max_train_steps)
     logger.info(f"Trained parameters: {sum(p.numel() for p in parameters):,}; learning rate: {learning_rate:.4g}")
