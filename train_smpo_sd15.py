@@ -1676,8 +1676,7 @@ def make_optimizer(parameters, learning_rate, args):
     """The optimiser that --optimizer and --use_8bit_adam name."""
     options = {"lr": learning_rate, "weight_decay": args.adam_weight_decay}
     if args.optimizer == "adafactor":
-        options |= {"clip_threshold": 1.0, "scale_parameter": False, "relative_step": False}
-        return transformers.Adafactor(parameters, **options)
+        return transformers.Adafactor(parameters, **options, scale_parameter=False, relative_step=False)
     options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.use_8bit_adam:
         import bitsandbytes
