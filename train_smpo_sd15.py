@@ -268,11 +268,8 @@ NEEDS = [
 
 
 def resolve(args):
-    """The command line with everything filled in that depends on other flags; the only place that changes it.
-
-    Raises:
-        UserError: with every problem that the flags alone show, one a line, before anything is loaded.
-    """
+    """The command line with everything filled in that depends on other flags; the only place that changes it. A
+    `UserError` has every problem that the flags alone show, one a line, before anything is loaded."""
     problems = [
         f"--{flag} does nothing without {needed}: give both, or leave it out."
         for flag, needed, holds in NEEDS
@@ -425,8 +422,7 @@ def ddim_move(x_s, eps, alpha_bar_s, alpha_bar_d):
 
     `x_d = sqrt(alpha_bar_d) (x_s - sqrt(1 - alpha_bar_s) eps) / sqrt(alpha_bar_s) + sqrt(1 - alpha_bar_d) eps`
 
-    Latents `x_s`, the prediction `eps` and the result are `[N, ...]`, the levels `[N]` or a number in (0, 1]; 1 is
-    clean."""
+    Latents `x_s`, prediction `eps` and result are `[N, ...]`, the levels `[N]` or a number in (0, 1]; 1 is clean."""
     alpha_bar_s, alpha_bar_d = per_sample(alpha_bar_s, x_s), per_sample(alpha_bar_d, x_s)
     x_0 = (x_s - (1 - alpha_bar_s).sqrt() * eps) / alpha_bar_s.sqrt()
     return alpha_bar_d.sqrt() * x_0 + (1 - alpha_bar_d).sqrt() * eps
@@ -495,8 +491,7 @@ def invert(predict_noise, x_0, t, alpha_bar, num_inversion_steps, noising, renoi
         t: timestep of each sample, int64 `[N]`; on the CPU it costs no synchronisation.
         alpha_bar: cumulative alphas, `[T]`.
         num_inversion_steps: moves of a sample at the last timestep.
-        noising: "ddim", "renoise" or "released".
-        renoise_at: "last_move" or "every_move", the moves that "renoise" corrects.
+        noising, renoise_at: one of the three; "last_move" or "every_move", the moves that "renoise" corrects.
 
     Returns latents at t, like `x_0`, without gradient. A `ValueError` says which argument is none of the above.
     """
@@ -1176,8 +1171,7 @@ def group_for_inversion(pairs, timestep_of, args):
 
 
 def shuffled_keys(pairs, start, num_processes, process_index, args):
-    """Endless groups of keys (epoch, index) of one process, those of one optimiser step after the other, from step
-    `start` on.
+    """Endless groups of keys (epoch, index) of one process, optimiser step by step from step `start` on.
 
     Each epoch is shuffled by (seed, epoch); a remainder too small for a micro-batch of all processes waits for another
     epoch's shuffle. The pairs of a step are sorted by timestep and dealt out in turns, so that no process waits for
@@ -1440,8 +1434,7 @@ def require_same_run(record, args):
 
 def claim_output(record, args):
     """Makes the output folder, clears away what a killed run was still writing there, and writes the record. Returns
-    the lock, for a `with`, that keeps other runs out of it. A `UserError` names the run that is in it, or says that it
-    cannot be written to."""
+    the lock that keeps other runs out. A `UserError` names the run that is in it, or that it cannot be written to."""
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1522,11 +1515,8 @@ def show_images(accelerator, base_images, images, step, args):
 
 @torch.no_grad()
 def validate_pairs(accelerator, held_out, context):
-    """Means of `metrics_of` over held-out pairs, as `validation/METRIC`, the same pairs, timesteps and noise every
-    time.
-
-    The pairs are a multiple of what the processes take at a time, as they have to take the same number of steps.
-    """
+    """Means of `metrics_of` over held-out pairs, as `validation/METRIC`: the same pairs and draws every time, and a
+    multiple of what the processes take at a time, as they have to take the same number of steps."""
     args = context.args
     size, num_processes = args.train_batch_size, accelerator.num_processes
     num_batches = max(1, min(len(held_out), NUM_VALIDATION_PAIRS) // (size * num_processes))
@@ -1544,8 +1534,7 @@ def validate_pairs(accelerator, held_out, context):
 
 
 def validate(accelerator, held_out, base_images, step, context):
-    """What --validation_split and --validation_prompts ask for after an optimiser step: logs metrics of held-out
-    pairs, and draws the prompts beside `base_images`. All processes call it."""
+    """Logs metrics of held-out pairs, draws prompts beside `base_images`, if any. All processes call it."""
     if held_out is not None:
         accelerator.log(validate_pairs(accelerator, held_out, context), step=step)
     if base_images:
@@ -1728,10 +1717,8 @@ def optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, sto
 def fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_train_steps, record, context):
     """Trains up to `max_train_steps`, with logs, checkpoints and validation.
 
-    Raises:
-        UserError: too many pairs cannot be read, or steps in a row are not finite; it names the last checkpoint.
-        SystemExit: with `EXIT_STOPPED`, after a signal, with a checkpoint saved.
-    """
+    A `UserError` names the last checkpoint if too many pairs cannot be read, or steps in a row are not finite. After a
+    signal the program ends with `EXIT_STOPPED`, with a checkpoint saved."""
     args, skipped_in_a_row, validated, base_images = context.args, 0, None, []
     pairs_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     tried_before, skipped_before = progress.tried, progress.skipped_pairs  # by a run whose data may have been mended
