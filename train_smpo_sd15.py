@@ -1677,9 +1677,7 @@ def make_optimizer(parameters, learning_rate, args):
 def optimiser_steps(accelerator, batches, optimizer, lr_scheduler, progress, stop_signals, context):
     """Yields after each attempted optimiser step: its metrics; whether it was taken (not if loss or gradient was not
     finite, which changes nothing); whether a signal asks any of the processes to stop."""
-    args, models = context.args, context.models
-    # FSDP has replaced those that the optimiser was made with.
-    parameters = [parameter for parameter in models["unet"].parameters() if parameter.requires_grad]
+    args, models, parameters = context.args, context.models, optimizer.param_groups[0]["params"]
     while True:
         sums, problems, num_micro_batches = 0, [], 0
         while num_micro_batches < args.gradient_accumulation_steps:
