@@ -300,7 +300,7 @@ def first_places(*keys):
     return pd.Series(np.arange(len(keys[0]))).groupby(list(keys), sort=False).transform("first").to_numpy()
 
 
-# ---- Data: Parquet files are read where they lie, a few columns or rows at a time; all else as a `datasets.Dataset` -
+# ---- Data: Parquet files are read where they lie, a few columns or rows at a time; of all else they are made first --
 
 
 @contextmanager
@@ -395,26 +395,6 @@ class ParquetShards:
             return pa.concat_tables(tables, promote_options="permissive")
 
 
-class DatasetShards:
-    """Rows of a `datasets.Dataset` with the interface of `ParquetShards`, as one file."""
-
-    def __init__(self, data, split):
-        for column, kind in data.features.items():
-            if isinstance(kind, datasets.Image):
-                data = data.cast_column(column, datasets.Image(decode=False))
-        self.data, self.schema, self.files = data.with_format("arrow"), data.features.arrow_schema, [split]
-        self.sizes = data.data.nbytes
-        self.row_groups = [[min(PIECE_ROWS, len(data) - start) for start in range(0, len(data), PIECE_ROWS)]]
-
-    def read(self, piece, columns, batch_rows):
-        data = self.data.select_columns(columns)
-        for start in range(piece.start, piece.stop, batch_rows):
-            yield from data[start : min(start + batch_rows, piece.stop)].combine_chunks().to_batches()
-
-    def read_columns(self, columns):
-        return self.data.select_columns(columns)[:]
-
-
 def open_data(args):
     """The data set of the command line, and its commit if it lies on the Hub.
 
@@ -437,10 +417,16 @@ def open_data(args):
         if args.streaming and not files:
             raise ValueError("--streaming reads whole splits of Parquet files, and this is none: leave it out")
         if not files:
-            builder.download_and_prepare()
-            data = builder.as_dataset(split)
-        files = files if args.streaming else datasets.DownloadManager().download(files)
-    shards = ParquetShards(files) if files else DatasetShards(data, split)
+            copy = Path(builder.cache_dir) / f"{hashlib.sha256(split.encode()).hexdigest()}.parquet"
+            with PartialState().local_main_process_first():
+                builder.download_and_prepare()
+                if not copy.exists():
+                    data = builder.as_dataset(split)
+                    write_whole(copy, lambda file: data.to_parquet(file, batch_size=PIECE_ROWS))
+            files = [str(copy)]
+        elif not args.streaming:
+            files = datasets.DownloadManager().download(files)
+    shards = ParquetShards(files)
     if not any(itertools.chain(*shards.row_groups)):
         raise UserError(f"--dataset_name {name} has no rows in the split {split}.")
     check_columns(shards.schema, args)
