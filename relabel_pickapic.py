@@ -230,17 +230,6 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
-    BlipTextConfig,
-    BlipTextModel,
-    BlipVisionConfig,
-    BlipVisionModel,
-    CLIPModel,
-)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
@@ -485,8 +474,8 @@ BLIP_NAMES = {  # the same of BLIP's image encoder; its text encoder has the sam
     r"\.attn\.qkv": ".self_attn.qkv",
 }
 VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-BLIP_VISION = BlipVisionConfig(**VIT_L, image_size=224, layer_norm_eps=1e-6)
-BLIP_TEXT = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
+BLIP_VISION = transformers.BlipVisionConfig(**VIT_L, image_size=224, layer_norm_eps=1e-6)
+BLIP_TEXT = transformers.BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 PADDED = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}  # tokens
 CLIP_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")  # repository and commit
@@ -522,10 +511,10 @@ class SquareProcessor(NamedTuple):
 
 def load_clip(file, model, base):
     """A CLIP-style model as it is."""
-    model = AutoModel.from_pretrained(**model)
+    model = transformers.AutoModel.from_pretrained(**model)
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(f"it is a {type(model).__name__}, not a CLIP-style model")
-    return model, AutoImageProcessor.from_pretrained(**base, **PIL_BACKEND)
+    return model, transformers.AutoImageProcessor.from_pretrained(**base, **PIL_BACKEND)
 
 
 def load_hpsv2(file, model, base):
@@ -536,13 +525,13 @@ def load_hpsv2(file, model, base):
     for name in [name for name in weights if "in_proj_" in name]:
         parts = zip("qkv", weights.pop(name).chunk(3))
         weights |= {name.replace("in_proj_", f"{letter}_proj."): part for letter, part in parts}
-    config = AutoConfig.from_pretrained(**base)
-    return with_weights(CLIPModel, config, weights), SquareProcessor(config.vision_config.image_size, pad=True)
+    model = with_weights(transformers.CLIPModel, transformers.AutoConfig.from_pretrained(**base), weights)
+    return model, SquareProcessor(model.config.vision_config.image_size, pad=True)
 
 
 def load_aesthetic(file, model, base):
     """LAION's head on a CLIP, https://github.com/christophschuhmann/improved-aesthetic-predictor."""
-    model = AutoModel.from_pretrained(**base)
+    model = transformers.AutoModel.from_pretrained(**base)
     model.head = linear_head(torch.load(file, "cpu", weights_only=True))
     return model, SquareProcessor(model.config.vision_config.image_size)
 
@@ -554,8 +543,9 @@ def load_image_reward(file, model, base):
         part, _, name = name.removeprefix("blip.").partition(".")
         parts[part][name] = value
     parts["text_encoder"].pop("embeddings.position_ids", None)
-    model = with_weights(BlipTextModel, BLIP_TEXT, parts["text_encoder"], add_pooling_layer=False)
-    model.vision = with_weights(BlipVisionModel, BLIP_VISION, renamed(parts["visual_encoder"], BLIP_NAMES))
+    model = with_weights(transformers.BlipTextModel, BLIP_TEXT, parts["text_encoder"], add_pooling_layer=False)
+    vision_weights = renamed(parts["visual_encoder"], BLIP_NAMES)
+    model.vision = with_weights(transformers.BlipVisionModel, BLIP_VISION, vision_weights)
     model.head = linear_head(parts["mlp"])
     return model, SquareProcessor(BLIP_VISION.image_size)
 
@@ -701,7 +691,7 @@ def load_reward(source, device, dtype):
     with explain_errors("reward_model", path, REWARDS_ACCEPTED):
         file, _ = locate_file(path, reward.file, source["revision"])
         model, image_processor = reward.load(file, own, base)
-        tokenizer = AutoTokenizer.from_pretrained(**base)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**base)
     head = model._modules.pop("head", None)  # stays in fp32
     model = model.requires_grad_(False).eval().to(device, getattr(torch, dtype))
     if head is not None:
