@@ -180,24 +180,18 @@ def parse_args(input_args=None):
 
 def resolve(args):
     """Checks what no type does, and counts the workers; raises `UserError` with a line for each problem."""
-    low, high = args.score_range or (0, 1)
-    checks = [
-        (not args.output_path.endswith(".parquet"), f"--output_path must end in .parquet, got {args.output_path}."),
-        (low >= high, f"--score_range must be a MIN and a larger MAX, got {low} {high}."),
-        (
-            args.pairs_from and (args.score_range or args.streaming or args.push_to_hub),
-            "--score_range, --streaming and --push_to_hub do nothing with --pairs_from: label what it writes.",
-        ),
-        (
-            (args.hub_dataset_id or args.hub_public) and not args.push_to_hub,
-            "--hub_dataset_id and --hub_public do nothing without --push_to_hub.",
-        ),
-        (
-            len(args.key_columns) not in (2, 3),
-            f"--key_columns takes two or three columns, got {' '.join(args.key_columns)}.",
-        ),
-    ]
-    problems = [sentence for wrong, sentence in checks if wrong]
+    (low, high), problems = args.score_range or (0, 1), []
+    if not args.output_path.endswith(".parquet"):
+        problems.append(f"--output_path must end in .parquet, got {args.output_path}.")
+    if low >= high:
+        problems.append(f"--score_range must be a MIN and a larger MAX, got {low} {high}.")
+    if args.pairs_from and (args.score_range or args.streaming or args.push_to_hub):
+        does_nothing = "--score_range, --streaming and --push_to_hub do nothing with --pairs_from"
+        problems.append(f"{does_nothing}: label what it writes.")
+    if (args.hub_dataset_id or args.hub_public) and not args.push_to_hub:
+        problems.append("--hub_dataset_id and --hub_public do nothing without --push_to_hub.")
+    if len(args.key_columns) not in (2, 3):
+        problems.append(f"--key_columns takes two or three columns, got {' '.join(args.key_columns)}.")
     if problems:
         raise UserError("\n".join(problems))
     if args.dataloader_num_workers is None:
