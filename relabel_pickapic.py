@@ -893,11 +893,8 @@ def files_of(path):
     for file in sorted([Path(path), *Path(path).rglob("*")]):
         name = file.relative_to(path)
         if file.is_file() and not any(part.startswith(".") for part in name.parts):
-            digest = hashlib.blake2b(digest_size=16)
-            with file.open("rb") as opened:
-                for part in iter(lambda: opened.read(READ_BUFFER), b""):
-                    digest.update(part)
-            found.append([str(name), digest.hexdigest()])
+            with pa.memory_map(str(file)) as content:
+                found.append([str(name), hashlib.blake2b(content.read_buffer(), digest_size=16).hexdigest()])
     return found
 
 
