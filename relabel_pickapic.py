@@ -274,15 +274,6 @@ def soft_label(score_0, score_1, score_min, score_max):
     return torch.sigmoid((score_0 - score_1) / (score_max - score_min))
 
 
-def first_places(*keys):
-    """For each of N places the first one that agrees with it in all keys, integer arrays `[N]`.
-
-    >>> first_places(np.array([7, 7, 8, 7]), np.array([0, 1, 0, 0]))  # the fourth is the first again
-    array([0, 1, 2, 0])
-    """
-    return pd.Series(np.arange(len(keys[0]))).groupby(list(keys), sort=False).transform("first").to_numpy()
-
-
 # ---- Data: Parquet files are read where they lie, a few columns or rows at a time; of all else they are made first --
 
 
@@ -872,9 +863,9 @@ def score_data_set(rows, shards, source, folder, args):
     uid = np.where(uid < 0, -1 - place, uid)  # no uid: an image of its own
     pieces, common = cut_pieces(shards.row_groups), (captions, shards, source, folder, args)
 
-    wanted = (first_places(uid, caption) == place) & (caption >= 0)
+    wanted = ~pd.DataFrame({"uid": uid, "caption": caption}).duplicated().to_numpy() & (caption >= 0)
     found = score_together("piece", pieces, wanted, *common)
-    first = first_places(uid, caption, found["hash"])
+    first = pd.Series(place).groupby([uid, caption, found["hash"]], sort=False).transform("first").to_numpy()
     again = (first == place) & (caption >= 0) & ~wanted
     if again.any():
         logger.warning(f"{again.sum()} images have other bytes than the first of their uid: they are scored, too.")
