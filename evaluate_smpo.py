@@ -59,7 +59,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import sys
 from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -535,25 +534,25 @@ def load_pipeline(source, base, device, args):
 # ---- Images ---------------------------------------------------------------------------------------------------------
 
 
-def save_whole(path, save):
-    """Lets `save` fill a file under another name, and renames it when it is on the disk: no half of it is ever there.
-    A `UserError` says that it cannot be written."""
+def write_whole(path, write):
+    """Lets `write` fill a file, which then is on the disk, and whole; raises `UserError` if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(temporary)
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        advice = "All before it is kept: make room, or name another folder, and start the same command again."
-        raise UserError(f"{path} cannot be written ({error}). {advice}") from error
+        advice = "make room, or name another folder (machines have to share it), and start the same command again"
+        raise UserError(f"{path} cannot be written ({error}). What was finished before is kept: {advice}.") from error
 
 
 def save_text(path, text):
-    save_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def list_jobs(sources, group_of, args):
@@ -593,7 +592,7 @@ def draw_images(jobs, sources, args):
         for job, image in zip(batch, images):
             if not image.getbbox():
                 print(f"{job.image} is all black: the model is broken, or overflows in {args.dtype}.")
-            save_whole(folder / job.image, lambda temporary: image.save(temporary, "png"))
+            write_whole(folder / job.image, lambda file: image.save(file, "png"))
 
 
 # ---- Reward models: published ones and any CLIP-style model, on transformers' own classes ---------------------------
@@ -991,7 +990,7 @@ def write_results(table, votes, sources, scorers, args):
     write_gallery(table, gains, rewards, args)
     for name in args.models:
         sheet = compare(name, gains[f"{name} by {rewards[0]}"], table, args)
-        save_whole(folder / f"comparison-{name}.png", lambda temporary: sheet.save(temporary, "png"))
+        write_whole(folder / f"comparison-{name}.png", lambda file: sheet.save(file, "png"))
     print(text)
     return record
 
@@ -1111,7 +1110,7 @@ def write_blind(table, args):
         path.unlink()  # of a model that is not compared any more
     for image, name in names.items():  # the name is a hash of all that made the image
         if not (folder / name).exists():
-            save_whole(folder / name, lambda temporary: shutil.copyfile(folder.parent / image, temporary))
+            write_whole(folder / name, lambda file: file.write((folder.parent / image).read_bytes()))
     page = jinja2.Template(BLIND, autoescape=True).render(duels=duels, key=digest(duels))
     save_text(folder / "index.html", page)
 
@@ -1188,14 +1187,14 @@ def write_pairs(table, votes, scorers, args):
             pair["soft_label_0"] = 1 / (1 + math.exp(-gap / (high - low))) if gap else 0.5
         return pair
 
-    def save(path):
+    def write(file):
         schema = pa.Table.from_pylist([as_pair(couples[0])]).schema
-        with pq.ParquetWriter(path, schema) as writer:
+        with pq.ParquetWriter(file, schema) as writer:
             for start in range(0, len(couples), PAIRS_ROW_GROUP):
                 pairs = [as_pair(couple) for couple in couples[start : start + PAIRS_ROW_GROUP]]
                 writer.write_table(pa.Table.from_pylist(pairs, schema))
 
-    save_whole(Path(args.pairs_path), save)
+    write_whole(Path(args.pairs_path), write)
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ import sys
 import tempfile
 from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -766,29 +766,21 @@ def hash_of(data):
     return int.from_bytes(hashlib.blake2b(data or b"", digest_size=8).digest(), "little", signed=True)
 
 
-def sync_to_disk(*paths):
-    """Returns when files and folders are on the disk and not only in the system's memory."""
-    if os.name == "nt":  # Windows does not open folders, nor sync what is open for reading
-        return
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def write_whole(path, write):
-    """Lets `write` fill a file, which then is on the disk, whole; raises `UserError` if it cannot be written."""
+    """Lets `write` fill a file, which then is on the disk, and whole; raises `UserError` if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
-        sync_to_disk(temporary)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_to_disk(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        advice = "What was finished before is kept: make room (machines have to share the folder), and start again."
-        raise UserError(f"{path} cannot be written: {error}. {advice}") from error
+        with suppress(OSError):
+            temporary.unlink()
+        advice = "make room, or name another folder (machines have to share it), and start the same command again"
+        raise UserError(f"{path} cannot be written ({error}). What was finished before is kept: {advice}.") from error
 
 
 def score_pieces(batch_size, paths, wanted, captions, shards, scorer, args):
@@ -934,7 +926,6 @@ def start_run(shards, args):
                 name, model = Path(args.reward_model).name, args.reward_model
             source = find_reward(name, os.path.expanduser(model))
             source["files"] = files_of(source["reward_model"])
-            folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda file: file.write(json.dumps(source).encode()))
         run = [folder, rows, source]
     return broadcast_object_list(run)

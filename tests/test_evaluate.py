@@ -292,13 +292,13 @@ def test_images_of_something_else_are_not_mistaken(damaged, tmp_path):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    def fail_halfway(path):
-        path.write_text("new, but")
+    def fail_halfway(file):
+        file.write(b"new, but")
         raise OSError("disk full")
 
     (tmp_path / "record.json").write_text("old")
     with pytest.raises(UserError, match="record.json cannot be written .disk full.*start the same command again"):
-        evaluate_smpo.save_whole(tmp_path / "record.json", fail_halfway)
+        evaluate_smpo.write_whole(tmp_path / "record.json", fail_halfway)
     assert (tmp_path / "record.json").read_text() == "old"
     with pytest.raises(UserError, match="record.json/images/base/.* cannot be written"):
         evaluate(tmp_path / "record.json")

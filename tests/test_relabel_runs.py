@@ -113,7 +113,7 @@ def test_a_disk_without_room(shards, whole, tmp_path):
     for limit in (100, 2_000, 10_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
-            with pytest.raises(UserError, match=f"{tmp_path}/.* cannot be written: .*What was .* is kept: make room"):
+            with pytest.raises(UserError, match=f"{tmp_path}/.* cannot be written .*What was .* is kept: make room"):
                 # Without worker processes: the limit would be one of the memory that they share, too.
                 with redirect_stderr(io.StringIO()):  # else into a file, of pytest
                     relabel(dataset_name=shards, output_path=path, dataloader_num_workers=0)
