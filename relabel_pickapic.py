@@ -461,7 +461,6 @@ BLIP_NAMES = {  # the same of BLIP's image encoder; its text encoder has the sam
 VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 BLIP_VISION = transformers.BlipVisionConfig(**VIT_L, image_size=224, layer_norm_eps=1e-6)
 BLIP_TEXT = transformers.BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 PADDED = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}  # tokens
 CLIP_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")  # repository and commit
 CLIP_L = PUBLISHED["clip"]
@@ -601,13 +600,10 @@ def score_image_reward(model, tokenizer, pixel_values, texts):
 
 
 class Reward(NamedTuple):
-    """A kind of reward model: where the published one lies, and how it is loaded and scores."""
+    """A kind of reward model: what its checkpoint is, and how it is loaded and scores."""
 
-    model: str = ""
-    revision: str = ""
-    base: str = CLIP_H[0]  # has the tokenizer, and what else `model` lacks
-    base_revision: str = CLIP_H[1]
-    file: str = "config.json"  # of `model`, which `load` reads
+    base: tuple = CLIP_H  # repository and commit of the tokenizer, and of what else the checkpoint lacks
+    file: str = "config.json"  # of the checkpoint, which `load` reads
     load: Callable = load_clip
     score: Callable = score_cosine
     scale: int = 100  # by which people multiply the scores
@@ -615,13 +611,11 @@ class Reward(NamedTuple):
 
 
 REWARDS = {
-    "pickscore": Reward(*PUBLISHED["pickscore"], *CLIP_H, label_range=(0.11543526500463486, 0.28201571106910706)),
-    "hpsv2.1": Reward(*PUBLISHED["hpsv2.1"], *CLIP_H, "HPS_v2.1_compressed.pt", load_hpsv2),
-    "imagereward": Reward(
-        *PUBLISHED["imagereward"], *BERT, "ImageReward.pt", load_image_reward, score_image_reward, 1
-    ),
-    "aesthetic": Reward(*PUBLISHED["aesthetic"], *CLIP_L, "aesthetic-model.pth", load_aesthetic, score_aesthetic, 1),
-    "clip": Reward(*CLIP_L, *CLIP_L),
+    "pickscore": Reward(label_range=(0.11543526500463486, 0.28201571106910706)),
+    "hpsv2.1": Reward(CLIP_H, "HPS_v2.1_compressed.pt", load_hpsv2),
+    "imagereward": Reward(BERT, "ImageReward.pt", load_image_reward, score_image_reward, 1),
+    "aesthetic": Reward(CLIP_L, "aesthetic-model.pth", load_aesthetic, score_aesthetic, 1),
+    "clip": Reward(CLIP_L),
 }
 
 
@@ -653,14 +647,14 @@ def find_reward(name, path):
     """
     reward, published, commit = REWARDS.get(name, Reward()), name == path and name in REWARDS, None
     if published:
-        path, commit = reward.model, reward.revision
-    base, base_commit = reward.base, reward.base_revision
+        path, commit = PUBLISHED[name]
+    base, base_commit = reward.base
     with explain_errors("reward_model", path, REWARDS_ACCEPTED):
         _, commit = locate_file(path, reward.file, commit)
         if not published and not os.path.isfile(path):
             # None is found if it has none; a connection that fails is an error, not another tokenizer.
             optional = {"revision": commit, "_raise_exceptions_for_missing_entries": False}
-            if any(cached_file(path, file, **optional) for file in TOKENIZER_FILES):
+            if any(cached_file(path, file, **optional) for file in ("tokenizer_config.json", "tokenizer.json")):
                 base, base_commit = path, commit
     return {
         "name": name, "reward_model": path, "revision": commit, "reward_processor": base,

@@ -120,12 +120,13 @@ def test_labels_of_a_published_reward(name, small, tmp_path):
     reward, path = script.REWARDS[name], tmp_path / "labels.parquet"
     pairs = write_pairs(tmp_path / "pairs.parquet")
     relabel(dataset_name=pairs, reward_model=name, output_path=path, dataloader_num_workers=0)
-    args = script.parse_args(f"--dataset_name x --output_path x.parquet --reward_model {reward.model}".split())
+    model, commit = script.PUBLISHED[name]
+    args = script.parse_args(f"--dataset_name x --output_path x.parquet --reward_model {model}".split())
     assert args.reward_model == name
     labels = pq.read_table(path)
     metadata = json.loads(labels.schema.metadata[b"smpo_labels"])
-    assert [metadata["reward_model"], metadata["revision"]] == [reward.model, reward.revision]
-    assert [metadata["reward_processor"], metadata["processor_revision"]] == [reward.base, reward.base_revision]
+    assert (metadata["reward_model"], metadata["revision"]) == (model, commit)
+    assert (metadata["reward_processor"], metadata["processor_revision"]) == reward.base
     scores = np.stack([labels[f"score_{side}"].to_numpy() for side in (0, 1)])
     ends = reward.label_range or (scores.min(), scores.max())
     assert (metadata["score_min"], metadata["score_max"]) == ends
@@ -138,9 +139,8 @@ def test_an_evaluation_by_all_published_rewards(small, tmp_path):
     flags = {"reward_model": names, "models": None, "num_images_per_prompt": 2}
     evaluate(tmp_path, **flags, max_prompts=2, pairs_path=pairs)
     record = json.loads((tmp_path / "results.json").read_text())
-    assert {name: record["rewards"][name]["revision"] for name in names} == {
-        name: reward.revision for name, reward in script.REWARDS.items()
-    }
+    found = {name: (record["rewards"][name]["reward_model"], record["rewards"][name]["revision"]) for name in names}
+    assert found == script.PUBLISHED
     rows = read_table(tmp_path / "scores.csv")
     for name in names:
         scorer = scorer_of(name)
