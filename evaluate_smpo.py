@@ -433,13 +433,12 @@ def load_prompts(args):
 
     Raises `UserError` if there is none.
     """
-    group_of = {}
-    stems = [Path(path).stem for path in args.prompts_path]
+    group_of, stems = {}, [Path(path).stem for path in args.prompts_path]
     if len(stems) > 1 and len({ALL, *stems}) <= len(stems):
         raise UserError(f"--prompts_path: {', '.join(stems)} name groups, each its own, and none of them {ALL}.")
-    for path in args.prompts_path:
+    for path, stem in zip(args.prompts_path, stems):
         for prompt in read_prompts(path, args.caption_column)[: args.max_prompts]:
-            group_of.setdefault(prompt, Path(path).stem if len(args.prompts_path) > 1 else None)
+            group_of.setdefault(prompt, stem if len(stems) > 1 else None)
     if not group_of:
         raise UserError(f"--prompts_path {' '.join(args.prompts_path)} has no prompts: all is empty.")
     return group_of
@@ -1020,9 +1019,9 @@ figure { display: inline-block; margin: 4px } img { display: block; width: 192px
 <select id="order"><option value="">as given
 {% for name in names %}<option value="{{ loop.index0 }}">by gain of {{ name }}{% endfor %}</select>
 <span id="count"></span> prompts; ★ has the highest score at the seed</p>
-<main>{% for prompt, images in of_prompt.items() %}
-<section data-gains="{{ gains[prompt] | tojson }}"><p>{{ prompt }} <i>{{ images[0].group or "" }}</i></p>
-{% for image in images %}<figure><a href="{{ image.image }}"><img loading="lazy" src="{{ image.image }}" alt=""></a>
+<main>{% for prompt, images in of_prompt %}
+<section data-gains="{{ gains[prompt] | tojson }}"><p>{{ prompt }} <i>{{ images.iloc[0].group or "" }}</i></p>
+{% for image in images.itertuples() %}<figure><a href="{{ image.image }}"><img loading="lazy" src="{{ image.image }}" alt=""></a>
 {{ image.model }}{% for score in image.scores %}<br>{{ score }}{% endfor %}</figure>
 {% endfor %}</section>{% endfor %}</main>
 <script>
@@ -1044,11 +1043,9 @@ def write_gallery(table, gains, rewards, args):
     stars = table[rewards] == table.groupby(["prompt", "seed"])[rewards].transform("max")
     texts = table[rewards].map(" {:.3f}".format) + stars.replace({True: " ★", False: ""})
     shown = table.assign(scores=[[name + text for name, text in zip(rewards, row)] for row in texts.to_numpy()])
-    of_prompt = defaultdict(list)
-    for image in shown.sort_values("seed", kind="stable").itertuples():
-        of_prompt[image.prompt].append(image)
-    of_gains = dict(zip(gains.index, gains.to_numpy().tolist()))
-    page = jinja2.Template(GALLERY, autoescape=True).render(names=gains.columns, gains=of_gains, of_prompt=of_prompt)
+    of_prompt = shown.sort_values("seed", kind="stable").groupby("prompt", sort=False)
+    data = {"names": gains.columns, "gains": gains.T.to_dict("list"), "of_prompt": of_prompt}
+    page = jinja2.Template(GALLERY, autoescape=True).render(data)
     save_text(Path(args.output_dir) / "gallery.html", page)
 
 
