@@ -711,13 +711,13 @@ class PieceImages(torch.utils.data.IterableDataset):
     """What the reward model takes of pieces; each worker reads and prepares pieces of its own.
 
     Yields dicts, of up to `batch_size` pairs each and never of two pieces, so that a score does not depend on where an
-    earlier run was stopped: the `piece`; int64 `hashes` and `problems`, text or None, of all their images; and of
-    those that are wanted and readable the `places`, counted from the first of the dict, the `captions`, and the
-    `pixels` `[N, 3, H, W]`. If a file breaks off, there is only an `error`.
+    earlier run was stopped: the `piece`; a frame `found` of its images by their places, with an int64 `hash`, a
+    `problem`, text or None, and no `score` yet; and the `pixels` `[N, 3, H, W]` of those that are wanted and have no
+    problem. If a file breaks off, there is only an `error`.
     """
 
-    def __init__(self, shards, pieces, wanted, captions, batch_size, image_processor, args):
-        self.shards, self.pieces, self.wanted, self.captions = shards, pieces, wanted, captions
+    def __init__(self, shards, pieces, wanted, batch_size, image_processor, args):
+        self.shards, self.pieces, self.wanted = shards, pieces, wanted
         self.batch_size, self.image_processor, self.args = batch_size, image_processor, args
 
     def __iter__(self):
@@ -728,30 +728,24 @@ class PieceImages(torch.utils.data.IterableDataset):
                 for rows in self.shards.read(piece, self.args.image_columns, self.batch_size):
                     images = zip(*(rows[name].to_pylist() for name in self.args.image_columns))
                     images = list(itertools.chain.from_iterable(images))
-                    yield {"piece": piece, **self.prepare(images, slice(start, start + len(images)))}
+                    yield {"piece": piece, **self.prepare(images, range(start, start + len(images)))}
                     start += len(images)
             except (OSError, HTTPError, pa.ArrowException) as error:
                 file = self.shards.files[piece.shard]
                 yield {"error": f"{file} breaks off in the row group {piece.group}: {error}"}
 
-    def prepare(self, images, span):
-        problems, places, pixels = [None] * len(images), [], []
-        for place in np.flatnonzero(self.wanted[span]):
+    def prepare(self, images, places):
+        problems, pixels = [None] * len(images), []
+        for i in np.flatnonzero(self.wanted[places]):
             try:
-                image = decode_image(images[place])
+                image = decode_image(images[i])
             except ValueError as error:
-                problems[place] = str(error)
+                problems[i] = str(error)
                 continue
-            places.append(place)
             values = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
             pixels.append(values.to(getattr(torch, self.args.dtype)))
-        return {
-            "hashes": np.array([hash_of(data) for data in images]),
-            "problems": problems,
-            "places": np.array(places, dtype=np.int64),
-            "captions": self.captions[span][places].tolist(),
-            "pixels": torch.stack(pixels) if pixels else None,
-        }
+        found = {"hash": [hash_of(data) for data in images], "problem": problems, "score": np.float32("nan")}
+        return {"found": pd.DataFrame(found, index=places), "pixels": torch.stack(pixels) if pixels else None}
 
 
 def hash_of(data):
@@ -786,30 +780,27 @@ def score_pieces(batch_size, paths, wanted, captions, shards, scorer, args):
     pieces = [piece for piece, path in paths.items() if not path.exists()]
     num_workers = min(args.dataloader_num_workers, len(pieces))
     loader = torch.utils.data.DataLoader(
-        PieceImages(shards, pieces, wanted, captions, batch_size, scorer.image_processor, args),
+        PieceImages(shards, pieces, wanted, batch_size, scorer.image_processor, args),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=1 if num_workers else None,
         pin_memory=state.device.type == "cuda",
     )
-    under_way = defaultdict(list)  # tables of the batches of a piece
+    under_way = defaultdict(list)  # frames of the batches of a piece
     total = sum(wanted[piece.places].sum() for piece in pieces)
     bar = tqdm(total=total, desc="Images", unit="image", disable=not state.is_local_main_process)
     for batch in loader:
         if "error" in batch:
             logger.error(str(UserError(batch["error"])), main_process_only=False)  # without a password
             continue
-        piece, places = batch["piece"], batch["places"].numpy()
-        scores = np.full(len(batch["hashes"]), np.nan, dtype=np.float32)
+        piece, found = batch["piece"], batch["found"]
+        places = found.index[wanted[found.index] & found["problem"].isna()]
         if len(places):
-            scores[places] = scorer.score(batch["pixels"], batch["captions"]).cpu()
-        problems = pa.array(batch["problems"], pa.string())
-        columns = {"hash": batch["hashes"].numpy(), "problem": problems, "score": scores}
+            found.loc[places, "score"] = scorer.score(batch["pixels"], captions[places]).cpu().numpy()
         bar.update(len(places))
-        under_way[piece].append(pa.table(columns))
+        under_way[piece].append(found)
         if sum(map(len, under_way[piece])) == 2 * (piece.stop - piece.start):
-            table = pa.concat_tables(under_way.pop(piece))
-            write_whole(paths[piece], lambda file: pq.write_table(table, file))
+            write_whole(paths[piece], pd.concat(under_way.pop(piece)).to_parquet)
     bar.close()
     logger.info(f"{bar.n} images scored in {bar.format_dict['elapsed']:.1f} s, {batch_size} pairs at a time.")
 
@@ -831,8 +822,7 @@ def score_together(prefix, pieces, wanted, captions, shards, source, folder, arg
     if missing:
         advice = f"All else is scored and kept in {folder}: fetch them again, and start the same command again."
         raise UserError("\n".join(["Files that could not be read, see above:", *dict.fromkeys(missing), advice]))
-    found = pa.concat_tables(map(pq.read_table, paths.values())).to_pandas()
-    return found.set_index(np.concatenate([np.arange(len(wanted))[piece.places] for piece in pieces]))
+    return pd.concat(map(pd.read_parquet, paths.values()))
 
 
 def score_data_set(rows, shards, source, folder, args):
@@ -897,7 +887,7 @@ def start_run(shards, args):
     run = [None, None, None]
     if PartialState().is_main_process:
         rows, labels_path = read_rows(shards, args), Path(args.output_path)
-        facts = [shards.row_groups, shards.sizes, args.image_columns, args.dtype, args.reward_model]
+        facts = [args.image_columns, args.dtype, args.reward_model, shards.row_groups, shards.sizes]
         digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8)
         names = rows.select([*LABEL_KEYS[:2], "caption"]).to_pandas()
         digest.update(pd.util.hash_pandas_object(names, index=False).to_numpy())

@@ -121,17 +121,15 @@ def test_workers_read_and_preprocess_as_the_processor_does(tmp_path):
 
     args = parse_args(["--dataset_name", str(tmp_path), "--output_path", "labels.parquet", "--dtype", "float32"])
     shards, scored = Shards([str(tmp_path / "pairs.parquet")]), np.arange(10) % 2 == 0
-    captions = np.array([f"caption {place}" for place in range(10)], dtype=object)
-    dataset = PieceImages(shards, cut_pieces(shards.row_groups), scored, captions, 2, processor, args)
+    dataset = PieceImages(shards, cut_pieces(shards.row_groups), scored, 2, processor, args)
     items = list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2))
     assert f"{os.getpid()}.reader" not in names_in(tmp_path) and len(list(tmp_path.glob("*.reader"))) == 2
-    seen = sorted((item["piece"].start, item["captions"], len(item["hashes"])) for item in items)
-    assert seen == [(0, ["caption 0", "caption 2"], 4), (0, ["caption 4"], 2), (3, ["caption 6", "caption 8"], 4)]
+    seen = sorted((item["piece"].start, [*item["found"].index]) for item in items)
+    assert seen == [(0, [0, 1, 2, 3]), (0, [4, 5]), (3, [6, 7, 8, 9])]
     for item in items:
-        for caption, pixels in zip(item["captions"], item["pixels"], strict=True):
-            image = images[int(caption.split()[1]) // 2]
-            assert torch.equal(pixels, processor(images=image, return_tensors="pt")["pixel_values"][0])
-    assert len(set(torch.cat([item["hashes"] for item in items]).tolist())) == 10  # bytes, not pixels
+        for place, pixels in zip(item["found"].index[::2], item["pixels"], strict=True):
+            assert torch.equal(pixels, processor(images=images[place // 2], return_tensors="pt")["pixel_values"][0])
+    assert len(set(pd.concat([item["found"] for item in items])["hash"])) == 10  # bytes, not pixels
 
 
 def test_pieces_cover_each_row_once():
