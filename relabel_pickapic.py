@@ -845,9 +845,8 @@ def score_data_set(rows, shards, source, folder, args):
     again = (first == place) & (caption >= 0) & ~wanted
     if again.any():
         logger.warning(f"{again.sum()} images have other bytes than the first of their uid: they are scored, too.")
-        more = score_together("again", [piece for piece in pieces if again[piece.places].any()], again, *common)
-        more = more[again[more.index]]
-        found.loc[more.index] = more
+        some = [piece for piece in pieces if again[piece.places].any()]
+        found.loc[again] = score_together("again", some, again, *common)
     return found.loc[first].reset_index(drop=True)
 
 
