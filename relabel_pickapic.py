@@ -152,13 +152,11 @@ def parse_args(input_args=None):
     add("--streaming", action="store_true", help="Read a data set on the Hub in place, not downloaded first.")
     add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")
     add("--caption_column", default="caption", help="Prompt of the images.")
-    text = "What names images 0 and 1, and the comparison if known."
-    add("--key_columns", nargs="+", default=LABEL_KEYS, help=text)
+    add("--key_columns", nargs="+", default=LABEL_KEYS, help="What names images 0 and 1, and the comparison if known.")
     add("--human_label_column", default="label_0", help="In {0, 0.5, 1}; training leaves ties out. May be missing.")
 
     add = parser.add_argument_group("reward model").add_argument
-    text = f"Reward model: {REWARDS_ACCEPTED}."
-    add("--reward_model", type=reward_name, default="pickscore", help=text)
+    add("--reward_model", type=reward_name, default="pickscore", help=f"Reward model: {REWARDS_ACCEPTED}.")
     text = "Range of the raw reward. Default: the published one of pickscore, of others that of the scores."
     add("--score_range", nargs=2, type=finite, metavar=("MIN", "MAX"), help=text)
 
@@ -166,8 +164,7 @@ def parse_args(input_args=None):
     text = "Precision of the models. Default: float16 on an accelerator, float32 on a CPU."
     add("--dtype", choices=["float32", "float16", "bfloat16"], help=text)
     add("--batch_size", type=int_from_1, default=64, help="Pairs at a time; fewer where they do not fit.")
-    text = "Processes that read images. Default: the cores, shared out."
-    add("--dataloader_num_workers", type=int_from_0, help=text)
+    add("--dataloader_num_workers", type=int_from_0, help="Processes that read images. Default: the cores, shared.")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_path", type=nonempty, required=True, help="Parquet file to write. It must not exist.")
