@@ -1139,9 +1139,9 @@ def count_votes(votes, seed):
 
 
 def couple_images(table, votes, reward, args):
-    """Couples of lines of scores.csv, dicts that also have a `uid`, each with its label, P(it is preferred): of each
-    prompt the best and the worst image (--pairs all: every two) or, with --votes, what people chose between, and the
-    mean of the votes."""
+    """Couples of lines of scores.csv, dicts that also have a `uid` and a `label`, P(it is preferred): of each prompt
+    the best and the worst image (--pairs all: every two) or, with --votes, what people chose between, and the mean of
+    the votes."""
     uids = [hashlib.sha256((Path(args.output_dir) / image).read_bytes()).hexdigest() for image in table["image"]]
     lines = {line["image"]: line for line in table.assign(uid=uids).to_dict("records")}
     if args.votes:
@@ -1153,8 +1153,9 @@ def couple_images(table, votes, reward, args):
             ranked = [lines[image] for image in rows.sort_values(reward, ascending=False, kind="stable")["image"]]
             couples = itertools.combinations(ranked, 2) if args.pairs == "all" else [(ranked[0], ranked[-1])]
             labelled += [(couple, float(wins(couple[0][reward], couple[1][reward]))) for couple in couples]
-    couples = (((best, share), (worst, 1 - share)) for (best, worst), share in labelled if best["uid"] != worst["uid"])
-    return [sorted(both, key=lambda side: side[0]["uid"]) for both in couples]  # which is first says nothing
+    couples = (({**best, "label": share}, {**worst, "label": 1 - share}) for (best, worst), share in labelled)
+    ordered = (sorted(couple, key=lambda line: line["uid"]) for couple in couples)  # which is first says nothing
+    return [(first, second) for first, second in ordered if first["uid"] != second["uid"]]
 
 
 def write_pairs(table, votes, scorers, args):
@@ -1167,14 +1168,13 @@ def write_pairs(table, votes, scorers, args):
     low, high = scorer.source["label_range"] or (table[reward].agg(["min", "max"]) / scorer.reward.scale)
 
     def as_pair(couple):
-        pair = {"caption": couple[0][0]["prompt"], "ranking_id": "-".join(line["uid"][:16] for line, _ in couple)}
-        for i, (line, label) in enumerate(couple):
-            pair[f"jpg_{i}"] = (Path(args.output_dir) / line["image"]).read_bytes()
-            pair |= {f"image_{i}_uid": line["uid"], f"label_{i}": label}
-            pair |= {f"{name}_{i}": line[name] for name in ("model", "seed")}
+        pair = {"caption": couple[0]["prompt"], "ranking_id": "-".join(line["uid"][:16] for line in couple)}
+        for i, line in enumerate(couple):
+            pair |= {f"jpg_{i}": (Path(args.output_dir) / line["image"]).read_bytes(), f"image_{i}_uid": line["uid"]}
+            pair |= {f"{name}_{i}": line[name] for name in ("label", "model", "seed")}
             pair |= {f"score_{i}_{name}": line[name] for name in scorers}
         if not args.votes:
-            gap = (couple[0][0][reward] - couple[1][0][reward]) / scorer.reward.scale
+            gap = (couple[0][reward] - couple[1][reward]) / scorer.reward.scale
             pair["soft_label_0"] = 1 / (1 + math.exp(-gap / (high - low))) if gap else 0.5
         return pair
 

@@ -562,8 +562,8 @@ def test_a_tie_is_labelled_as_one(tmp_path):
     args = SimpleNamespace(output_dir=tmp_path, votes=None, pairs=None)
     for scores, expected in (([1.0, 1.0], {0.5}), ([1.0, 2.0], {0.0, 1.0})):
         ((first, second),) = evaluate_smpo.couple_images(table.assign(score=scores), None, "score", args)
-        assert {first[1], second[1]} == expected
-    assert {line["image"]: label for line, label in (first, second)} == {"a.png": 0.0, "b.png": 1.0}
+        assert {first["label"], second["label"]} == expected
+    assert {line["image"]: line["label"] for line in (first, second)} == {"a.png": 0.0, "b.png": 1.0}
 
 
 # Prompts
