@@ -362,9 +362,6 @@ def test_of_the_hub_only_what_tells_is_downloaded(tmp_path, monkeypatch):
     shutil.copytree(TINY / "sd15", tmp_path / "root" / "me" / "base")
     (tmp_path / "root" / "me" / "lora").mkdir()
     (tmp_path / "root" / "me" / "lora" / "style.safetensors").write_bytes(b"")
-    routes = [(pattern.replace("/datasets/", "/models/").replace(" /models/", " /"), name)
-              for pattern, name in hub_server.ROUTES]  # fmt: skip
-    monkeypatch.setattr(hub_server, "ROUTES", routes)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
