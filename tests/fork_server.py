@@ -1,43 +1,55 @@
 """Runs `main(parse_args(ARGUMENTS))` of modules in processes forked from one that has the libraries, when asked to.
 
 A run then starts in a moment instead of ten seconds, so that the tests can kill many. Several processes are told what
-torchrun would tell them. Requests come as lines of JSON, process ids and exit codes go out, both through pipes.
+torchrun would tell them.
 """
 
 import importlib
-import json
 import logging
+import multiprocessing
 import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 
 ROOT = Path(__file__).parent.parent
 
 
-def serve(requests, answers):
-    for line in requests:
-        module, args, num_processes, environment = json.loads(line)
-        world = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        group = 0
-        for rank in reversed(range(num_processes)):
-            process = os.fork()
-            if process == 0:
-                os.environ.update(environment)
-                if num_processes > 1:
-                    os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank))
-                os._exit(exit_code(module, args))
-            group = group or process
-            os.setpgid(process, group)
-        print(group, file=answers, flush=True)
-        codes = {os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(num_processes)}
-        print(*codes, file=answers, flush=True)
+def serve(module, log, connection, other_end):
+    """Runs what the connection asks for, and answers with process ids and exit codes, until it is closed."""
+    other_end.close()
+    multiprocessing.set_start_method(None, force=True)  # the default, for what runs here
+    sys.stdout = sys.stderr = output = open(log, "w", buffering=1)
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)
+    logging.root.handlers.clear()  # pytest's
+    importlib.import_module(module)  # and with it the libraries that take seconds
+    with suppress(EOFError):
+        while True:
+            run_several(connection, *connection.recv())
+
+
+def run_several(connection, args, num_processes, module, environment):
+    world = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    group = 0
+    for rank in reversed(range(num_processes)):
+        process = os.fork()
+        if process == 0:
+            os.environ.update(environment)
+            if num_processes > 1:
+                os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank))
+            os._exit(exit_code(module, args))
+        group = group or process
+        os.setpgid(process, group)
+    connection.send(group)
+    connection.send({os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(num_processes)})
 
 
 def exit_code(module, args):
@@ -85,49 +97,33 @@ class ForkServer:
 
     def __init__(self, module, log, **environment):
         self.module, self.group, self.log, self.start_of_output = module, None, Path(log), 0
-        (requests, our_requests), (our_answers, answers) = os.pipe(), os.pipe()
-        output = open(log, "w", buffering=1)
-        if environment:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, module, str(requests), str(answers)], pass_fds=[requests, answers],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-            ).pid  # fmt: skip
-        else:
-            self.process = os.fork()
-            if self.process == 0:
-                for descriptor in (our_requests, our_answers):
-                    os.close(descriptor)  # or it would never see the end of the requests
-                for descriptor in (1, 2):
-                    os.dup2(output.fileno(), descriptor)
-                sys.stdout = sys.stderr = output
-                logging.root.handlers.clear()  # pytest's
-                try:
-                    serve(open(requests), open(answers, "w"))
-                finally:
-                    os._exit(0)
-        for descriptor in (requests, answers):
-            os.close(descriptor)
-        self.requests, self.answers = open(our_requests, "w"), open(our_answers)
+        self.connection, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn" if environment else "fork")
+        self.process = context.Process(target=serve, args=(module, log, theirs, self.connection))
+        self.log.touch()
+        with mock.patch.dict(os.environ, environment):
+            self.process.start()
+        theirs.close()
 
     def start(self, args, num_processes=1, module=None, **environment):
         """Returns the id of the process, of several that of the last rank's, which is their group's too."""
         self.end()
         self.start_of_output = self.log.stat().st_size
-        print(json.dumps([module or self.module, args, num_processes, environment]), file=self.requests, flush=True)
-        self.group = int(self.answers.readline())
+        self.connection.send((args, num_processes, module or self.module, environment))
+        self.group = self.connection.recv()
         return self.group
 
     def wait(self):
         """Returns the exit code of all processes; they have to agree in it."""
         self.group = None
-        return int(self.answers.readline())
+        (code,) = self.connection.recv()
+        return code
 
     def end(self):
         """Ends a run that a failed test has left behind."""
         if self.group is not None:
             os.killpg(self.group, signal.SIGKILL)
-            self.answers.readline()
+            self.connection.recv()
             self.group = None
 
     def run(self, args, num_processes=1, module=None, **environment):
@@ -143,8 +139,8 @@ class ForkServer:
 
     def __exit__(self, *error):
         self.end()
-        self.requests.close()
-        os.waitpid(self.process, 0)
+        self.connection.close()
+        self.process.join()
 
 
 def wait_for(condition, seconds=60):
@@ -152,9 +148,3 @@ def wait_for(condition, seconds=60):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
-
-
-if __name__ == "__main__":
-    importlib.import_module(sys.argv[1])  # and with it the libraries that take seconds
-    requests, answers = map(int, sys.argv[2:])
-    serve(open(requests), open(answers, "w"))
