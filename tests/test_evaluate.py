@@ -142,9 +142,10 @@ def test_itself_and_a_damaged_model(whole):
         TINY / "sd15", safety_checker=None, torch_dtype=torch.float32
     )
     options = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64, "output_type": "np"}
-    drawn = pipeline(rows[5]["prompt"], generator=torch.Generator().manual_seed(5), **options).images[0]
-    kept = np.asarray(Image.open(folder / rows[5]["image"])) / 255
-    np.testing.assert_allclose(drawn, kept, rtol=0, atol=1 / 255)  # of 8 bits, half a level, and rounding
+    for seed in (0, 5, 18):  # drawn alone, not in a batch of 24
+        drawn = pipeline(rows[seed]["prompt"], generator=torch.Generator().manual_seed(seed), **options).images[0]
+        kept = np.asarray(Image.open(folder / rows[seed]["image"])) / 255
+        np.testing.assert_allclose(drawn, kept, rtol=0, atol=1 / 255)  # of 8 bits, half a level, and rounding
 
     record = read_record(folder)
     assert record["versions"]["diffusers"] == diffusers.__version__
@@ -205,15 +206,6 @@ def test_the_best_checkpoint_and_every_way_to_name_a_model(damaged, lora_run, tm
 
 
 # Runs
-
-
-def test_images_do_not_depend_on_the_batch(whole, tmp_path):
-    evaluate(tmp_path, **{**whole[1], "models": SAME, "max_prompts": 2, "batch_size": 1, "prompts_path": [
-        whole[1]["prompts_path"][0]]})  # fmt: skip
-    paths = sorted(path for path in images_in(tmp_path) if "base" in path)
-    ours, theirs = (np.stack([np.array(Image.open(folder / path), int) for path in paths])
-                    for folder in (tmp_path, whole[0] / "out"))  # fmt: skip
-    assert len(paths) == 4 and np.abs(ours - theirs).max() <= 1
 
 
 def test_a_killed_run_goes_on_with_what_it_has(damaged, tmp_path, server):
