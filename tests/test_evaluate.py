@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, TWO_PROCESSES, command_line, read_logs, train
+from conftest import TINY, TWO_PROCESSES, command_line, read_logs, train
 from fork_server import wait_for
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -775,17 +774,6 @@ def test_what_does_not_reach_the_disk_is_not_there(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mistake_is_said_alone_and_before_anything_else(tmp_path, monkeypatch, capsys):
-    script = ROOT / "evaluate_smpo.py"
-    flags = evaluation_flags(tmp_path / "out", models=None, run_dir=tmp_path, reward_model="seed=x")
-    monkeypatch.setattr(sys, "argv", [str(script), *flags])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(script), run_name="__main__")
-    first, second = capsys.readouterr().err.splitlines()
-    assert first == f"evaluate_smpo.py: --run_dir {tmp_path} has no folders named checkpoint-STEP."
-    assert second.startswith("--reward_model seed=x: 'seed' cannot name it, as it is taken")
-
-
 def test_home_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = parse_args(evaluation_flags(
@@ -825,6 +813,9 @@ def test_a_bad_value_is_named(flags, message, tmp_path, capsys):
         ({"models": ".."}, "--models ..: '..' cannot name it"),
         ({"votes": "none.json"}, "--votes none.json cannot be loaded: .*No such file"),
         ({"models": ["base=x"]}, "'base' cannot name it"),
+        ({"run_dir": TINY}, f"--run_dir {TINY} has no folders named checkpoint-STEP."),
+        ({"reward_model": "seed=x"}, "--reward_model seed=x: 'seed' cannot name it, as it is taken"),
+        ({"run_dir": TINY, "reward_model": "seed=x"}, "checkpoint-STEP.*\n--reward_model seed=x"),
         ({"models": ["mine=/no/such"]}, "(?s)--models /no/such cannot be loaded.*a file or folder that exists"),
         ({"models": [f"mine={TINY / 'pairs'}"]}, "(?s)--models mine=.*pairs holds test.parquet, .*a pipeline, UNet"),
         ({"models": [f"mine={TINY / 'judge.safetensors'}"]}, "--models .*judge.safetensors cannot be loaded: "),
