@@ -23,13 +23,6 @@ from diffusers import StableDiffusionPipeline
 from train_smpo_sd15 import cut_square, decode_image, load_data, parse_args, prepare_pair, select_pairs, shuffled_keys
 
 
-LOGGED = {
-    "loss", "implicit_accuracy", "reward_margin", "model_error_preferred", "model_error_rejected",
-    "ref_error_preferred", "ref_error_rejected", "std_tau", "weight", "lr", "grad_norm", "pairs_per_second", "epoch",
-    "skipped_pairs", "nonfinite_steps",
-}  # fmt: skip
-
-
 # The first step: policy and reference are equal, and judged in the same shape. Nothing but one logsigmoid(0) is
 # rounded.
 LOG_2 = pytest.approx(math.log(2), abs=1e-6)
@@ -51,7 +44,7 @@ def full_run(tmp_path_factory, labels_path):
 
 def test_full_fine_tuning(full_run):
     folder, logs = full_run
-    assert set(logs) == LOGGED and len(logs["loss"]) == 2
+    assert len(logs["loss"]) == 2
     assert logs["loss"][0] == LOG_2 and logs["implicit_accuracy"][0] == 0.5 and logs["reward_margin"][0] == 0
     assert logs["grad_norm"][0] > 0
     assert logs["model_error_preferred"][0] == logs["ref_error_preferred"][0]
