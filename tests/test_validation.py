@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from conftest import ROOT, TINY, relabel, train, train_flags
+from conftest import ROOT, TINY, train, train_flags
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -84,14 +84,11 @@ def test_a_policy_that_does_not_move_has_the_same_numbers_and_pictures(rank, pre
     assert sheet.shape == (2 * size, 2 * size, 3) and (sheet[:, :size] == sheet[:, size:]).all()
 
 
-def test_a_held_out_split_has_its_labels_in_the_same_flag(tmp_path, labels_path):
-    relabel(dataset_split_name="test", output_path=tmp_path / "test.parquet")
-    flags = {"validation_split": "test", "max_train_steps": 1, "noising": "forward", "rank": 2}
-    logs = train(tmp_path / "out", labels_path=[labels_path, tmp_path / "test.parquet"], **flags)
-    assert len(logs["validation/loss"]) == 1
+def test_a_held_out_split_needs_labels_too(tmp_path, labels_path):
+    """In the same flag; in test_engines.py it has them."""
     message = "--labels_path .* has no label for 64 of the 64 pairs of the split test"
     with pytest.raises(ValueError, match=message):
-        train(tmp_path / "none", labels_path=labels_path, **flags)
+        train(tmp_path, labels_path=labels_path, validation_split="test")
 
 
 def test_the_card_says_what_the_hub_reads_and_no_local_path(tmp_path):
