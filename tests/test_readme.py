@@ -1,6 +1,7 @@
 """What the documents show works: command lines, configuration, snippets, flags, metrics and links are held against the
 code."""
 
+import doctest
 import importlib
 import os
 import re
@@ -171,6 +172,13 @@ def test_loading_what_was_trained(sdxl, tmp_path, monkeypatch):
         unet = pipeline.unet
         assert unet.dtype == torch.float16 and unet.active_adapters() == ["default_0"]
         assert any(p.abs().max() > 0 for name, p in unet.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_examples_in_docstrings(script):
+    with torch.random.fork_rng():
+        failed, attempted = doctest.testmod(importlib.import_module(script.removesuffix(".py")))
+    assert not failed and attempted > 1
 
 
 def test_make_targets():
