@@ -21,7 +21,7 @@ def released_inversion(predict_noise, x_0, t, alpha_bar, num_levels):
         num_levels: 5 in the released SD1.5 script, 10 in that for SDXL.
 
     Returns:
-        Latents like `x_0`, at the noise level of `released_destination(t)`.
+        Latents like `x_0`, at the noise level of the smallest level at or above t, or the last.
     """
     stride, x = len(alpha_bar) // num_levels, x_0.clone()
     for source in range(1 - stride, 1 + (num_levels - 1) * stride, stride):
@@ -34,9 +34,3 @@ def released_inversion(predict_noise, x_0, t, alpha_bar, num_levels):
         eps_again = predict_noise(ddim_move(x_s, eps, *levels), timesteps, rows)
         x[rows] = ddim_move(x_s, (eps + eps_again) / 2, *levels)
     return x
-
-
-def released_destination(t, num_train_timesteps, num_levels):
-    """The timestep at whose noise level `released_inversion` ends, for each t."""
-    stride = num_train_timesteps // num_levels
-    return (1 + ((t - 1).clamp(min=0) + stride - 1) // stride * stride).clamp(max=1 + (num_levels - 1) * stride)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from released_inversion import released_destination, released_inversion
+from released_inversion import released_inversion
 
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from relabel_pickapic import soft_label
@@ -111,28 +111,19 @@ def test_invert_follows_the_algorithm(noising, renoise_at):
         torch.testing.assert_close(x_t[i : i + 1], x)
 
 
-@pytest.mark.parametrize("n", [5, 10])
-def test_released_follows_the_authors_code(n):
-    """Timesteps, negative ones included, and rows of a mixed batch as in a loop written from a description of it."""
-    x_0 = random(len(MIXED_T), 4, 8, 8)
+@pytest.mark.parametrize("n, mean_gap", [(10, 49), (5, 99)])
+def test_released_follows_the_authors_code(n, mean_gap):
+    """A batch of every t as in a loop written from a description of it, negative timesteps included; it ends at the
+    level of a grid point at or above t (or the last), which is t for a hundredth of the timesteps."""
+    t, x_0 = torch.arange(T), random(T, 4, 2, 2)
 
     def predict_noise(x, t, rows):
-        return wavy(x, t) * (1 + rows.view(-1, 1, 1, 1))
+        return wavy(x, t) * (1 + rows.view(-1, 1, 1, 1) / T)
 
-    expected = released_inversion(predict_noise, x_0, MIXED_T, ALPHA_BAR, n)
-    torch.testing.assert_close(invert(predict_noise, x_0, MIXED_T, ALPHA_BAR, n, "released", "last_move"), expected)
-
-
-@pytest.mark.parametrize("n, mean_gap", [(10, 49), (5, 99)])
-def test_released_timesteps_end_beside_t(n, mean_gap):
-    """At the noise level of a grid point at or above t (or the last), which is t for a hundredth of the timesteps."""
-    t, stride = torch.arange(T), T // n
-    levels, destination = released_timesteps(t, n, T), released_destination(t, T, n)
-    assert levels.shape == (T, n + 1) and levels.dtype == torch.int64
-    assert torch.equal(levels[:, -1], destination)
-    for j in range(n):
-        assert torch.equal(levels[:, j + 1], torch.minimum(torch.tensor(1 + j * stride), destination))
-    assert (levels[:, 0] == 1 - stride).all() and (destination == t).sum() == n
+    expected = released_inversion(predict_noise, x_0, t, ALPHA_BAR, n)
+    torch.testing.assert_close(invert(predict_noise, x_0, t, ALPHA_BAR, n, "released", "last_move"), expected)
+    destination = released_timesteps(t, n, T)[:, -1]
+    assert (destination == t).sum() == n and set(destination.tolist()) == set(range(1, T, T // n))
     assert (destination - t).abs().double().mean() == pytest.approx(mean_gap, abs=1)  # (stride - 1) / 2, and the ends
 
 
