@@ -36,9 +36,7 @@ TWO_PROCESSES = {"num_processes": 2, "ACCELERATE_USE_CPU": "true"}  # for `serve
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--slow", action="store_true", help="Kill runs twenty times, not four, and run what is marked slow."
-    )
+    parser.addoption("--slow", action="store_true", help="Run what is marked slow, too, and kill runs twenty times.")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -57,6 +55,7 @@ def num_kills(pytestconfig):
 @contextmanager
 def process_restored():
     """Takes back what a run leaves in its process: accelerate's state, signal handlers, the umask, silenced logs."""
+    forget_accelerator()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers, umask = [signal.getsignal(number) for number in numbers], os.umask(0o022)
     yield
@@ -100,6 +99,22 @@ def server(tmp_path_factory):
     gc.freeze()  # every run collects garbage: a million objects of the libraries need no look
     with ForkServer("train_smpo_sd15", tmp_path_factory.mktemp("server") / "log.txt") as server:
         yield server
+
+
+@pytest.fixture
+def load(tmp_path):
+    """The tiny training pairs with human labels, or other ones, as train_smpo_sd15.py has them, and its arguments."""
+    from accelerate import PartialState
+
+    import train_smpo_sd15
+
+    def load(**flags):
+        PartialState()  # the logger asks it which process this is
+        args = train_smpo_sd15.parse_args(train_flags(tmp_path / "new", **{"label_column": "label_0", **flags}))
+        data = train_smpo_sd15.load_data("dataset_split_name", args)
+        return train_smpo_sd15.select_pairs(data, 1000, args), args
+
+    return load
 
 
 @pytest.fixture(scope="session")
@@ -166,15 +181,27 @@ def train_sdxl(output_dir, sdxl, **flags):
     return train(output_dir, "train_smpo_sdxl", **{"pretrained_model_name_or_path": sdxl, **flags})
 
 
-def write_pairs(path, **columns):
+def write_pairs(path, rows=8, row_group_size=None, **columns):
     """The first tiny pairs with columns put in place of theirs."""
-    table = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, 8)
+    table = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, rows)
     for name, values in columns.items():
-        i = table.schema.get_field_index(name)
-        column = pa.array(values)
-        table = table.append_column(name, column) if i < 0 else table.set_column(i, name, column)
-    pq.write_table(table, path)
+        table = with_column(table, name, values)
+    pq.write_table(table, path, row_group_size=row_group_size)
     return path
+
+
+def with_column(table, name, values):
+    """A table with values in place of a column's, or in a new one."""
+    column, i = pa.array(values), table.schema.get_field_index(name)
+    return table.append_column(name, column) if i < 0 else table.set_column(i, name, column)
+
+
+def damage(path, row_group, column):
+    """Overwrites where a column of a row group begins in a Parquet file."""
+    pages = pq.ParquetFile(path).metadata.row_group(row_group).column(pq.read_schema(path).names.index(column))
+    with open(path, "r+b") as file:
+        file.seek(pages.dictionary_page_offset or pages.data_page_offset)
+        file.write(bytes(40))
 
 
 def encoded(image, kind="PNG", **options):
@@ -212,6 +239,14 @@ def read_logs(output_dir):
         for name in events.Tags()["scalars"]:
             logs.setdefault(name, []).extend(event.value for event in events.Scalars(name))
     return logs
+
+
+def same_weights(first, second):
+    """Whether two files hold the same tensors, bit for bit."""
+    from safetensors.torch import load_file
+
+    first, second = load_file(first), load_file(second)
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
 
 
 def unet_weights(folder):

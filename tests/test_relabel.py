@@ -14,30 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import ROOT, TINY, assert_same_labels, encoded, names_in, relabel, train
+from conftest import ROOT, TINY, assert_same_labels, encoded, names_in, relabel, train, write_pairs
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 import relabel_pickapic
-from relabel_pickapic import (
-    MAX_PARTS,
-    PIECE_ROWS,
-    ParquetShards,
-    PieceImages,
-    UserError,
-    cut_pieces,
-    decode_image,
-    make_labels,
-    parse_args,
-)
+from relabel_pickapic import ParquetShards, PieceImages, UserError, cut_pieces, decode_image, make_labels, parse_args
 
 
 def metadata_of(path):
     return json.loads(pq.read_schema(path).metadata[b"smpo_labels"])
-
-
-def with_column(table, name, values):
-    return table.set_column(table.column_names.index(name), name, values)
 
 
 def scores_of(path):
@@ -90,19 +76,21 @@ def test_labels_of_the_tiny_pairs(labels_path):
     assert not labels_path.with_suffix(".scores").exists()
 
 
-def test_scores_are_the_models_cosines(labels_path):
-    """Against transformers' own forward pass, one pair at a time."""
-    pairs, labels = pq.read_table(TINY / "pairs" / "train.parquet"), pq.read_table(labels_path)
+@torch.no_grad()
+def cosines_of(text, images):
+    """Scores by transformers' own forward pass, give or take its rounding."""
     model = CLIPModel.from_pretrained(TINY / "pickscore").float()
     processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
-    for row in np.flatnonzero(labels["valid"].to_numpy())[:8]:
-        images = [Image.open(io.BytesIO(pairs[f"jpg_{i}"][int(row)].as_py())) for i in (0, 1)]
-        inputs = processor(text=[pairs["caption"][int(row)].as_py()], images=images, return_tensors="pt", padding=True)
-        with torch.no_grad():
-            out = model(**inputs)
-        cosines = out.logits_per_image[:, 0] / model.logit_scale.detach().exp()
-        ours = [labels[f"score_{i}"][int(row)].as_py() for i in (0, 1)]
-        np.testing.assert_allclose(ours, cosines.numpy(), atol=2e-6)
+    inputs = processor(text=[text], images=images, return_tensors="pt", truncation=True, max_length=77)
+    cosines = model(**inputs).logits_per_image[:, 0] / model.logit_scale.exp()
+    return pytest.approx(cosines.tolist(), abs=2e-6)
+
+
+def test_scores_are_the_models_cosines(labels_path):
+    pairs, labels = pq.read_table(TINY / "pairs" / "train.parquet").to_pylist(), rows_of(labels_path)
+    for pair, row in [both for both in zip(pairs, labels) if both[1]["valid"]][:8]:
+        images = [Image.open(io.BytesIO(pair[f"jpg_{i}"])) for i in (0, 1)]
+        assert [row["score_0"], row["score_1"]] == cosines_of(pair["caption"], images)
 
 
 def test_workers_read_and_preprocess_as_the_processor_does(tmp_path):
@@ -133,13 +121,14 @@ def test_workers_read_and_preprocess_as_the_processor_does(tmp_path):
 
 
 def test_pieces_cover_each_row_once():
-    row_groups = [[3, PIECE_ROWS, 0, 10 * MAX_PARTS * PIECE_ROWS + 5], [], [1, PIECE_ROWS + 1]]
+    most, num_parts = relabel_pickapic.PIECE_ROWS, relabel_pickapic.MAX_PARTS
+    row_groups = [[3, most, 0, 10 * num_parts * most + 5], [], [1, most + 1]]
     pieces = cut_pieces(row_groups)
     assert [piece.start for piece in pieces[1:]] == [piece.stop for piece in pieces[:-1]]
     assert pieces[0].start == 0 and pieces[-1].stop == sum(map(sum, row_groups))
     for piece in pieces:
         assert piece.first_row + piece.stop - piece.start <= row_groups[piece.shard][piece.group]
-    assert len([piece for piece in pieces if (piece.shard, piece.group) == (0, 3)]) == MAX_PARTS
+    assert len([piece for piece in pieces if (piece.shard, piece.group) == (0, 3)]) == num_parts
 
 
 @pytest.fixture
@@ -214,12 +203,9 @@ def test_bad_input_is_named(flags, message, tmp_path):
     (8, dict.fromkeys(["jpg_0", "jpg_1"], pa.nulls(8, pa.binary())), "0 of 16 images .*Check --image_col.*not a read"),
 ])  # fmt: skip
 def test_data_without_rows_captions_or_images(rows, columns, message, tmp_path):
-    table = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, rows)
-    for name, values in columns.items():
-        table = with_column(table, name, values)
-    pq.write_table(table, tmp_path / "pairs.parquet")
+    pairs = write_pairs(tmp_path / "pairs.parquet", rows, **columns)
     with pytest.raises(UserError, match=message):
-        relabel(dataset_name=tmp_path / "pairs.parquet", output_path=tmp_path / "labels.parquet")
+        relabel(dataset_name=pairs, output_path=tmp_path / "labels.parquet")
 
 
 def test_what_is_there_is_never_overwritten(few, tmp_path):
@@ -272,9 +258,8 @@ def test_two_folders_become_pairs_that_are_labelled_and_trained_on(tmp_path):
     (folder / "rejected" / "5.png").touch()
     (folder / "preferred" / "0.txt").write_text(" \n")
     (folder / "preferred" / "sub").mkdir()  # no image
-    with pytest.raises(
-        UserError, match=r"in one folder only: \['5.png'\]; no caption: \['0.jpg', .*Accepted: a folder"
-    ):
+    message = r"in one folder only: \['5.png'\]; no caption: \['0.jpg', .*Accepted: a folder"
+    with pytest.raises(UserError, match=message):
         relabel(**flags)
     (folder / "rejected" / "5.png").unlink()
     for number, row in enumerate(table[:2]):
@@ -283,9 +268,7 @@ def test_two_folders_become_pairs_that_are_labelled_and_trained_on(tmp_path):
     pd.DataFrame(others).to_csv(folder / "metadata.csv", index=False)
     relabel(**flags)
     for found, row in zip(pq.read_table(pairs).to_pylist(), table, strict=True):
-        assert {**row, **found}["label_0"] == 1 and all(
-            found[name] == row[name] for name in ("jpg_0", "jpg_1", "caption")
-        )
+        assert found["label_0"] == 1 and all(found[name] == row[name] for name in ("jpg_0", "jpg_1", "caption"))
         assert found["image_0_uid"] == hashlib.sha256(row["jpg_0"]).hexdigest() != found["image_1_uid"]
     with pytest.raises(UserError, match="pairs.parquet exists"):
         relabel(**flags)
@@ -332,13 +315,7 @@ def test_images_and_captions_that_are_damaged_or_missing(tmp_path):
     assert metadata["num_valid"] == len(rows) - 8
     with pytest.raises(ValueError, match="not a readable image"):
         decode_image(7)
-
-    model = CLIPModel.from_pretrained(TINY / "pickscore").float()
-    processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
-    inputs = processor(text=[long], images=[image], return_tensors="pt", truncation=True, max_length=77)
-    with torch.no_grad():
-        cosine = model(**inputs).logits_per_image / model.logit_scale.exp()
-    assert rows[f"caption {long}"]["score_0"] == pytest.approx(cosine.item(), abs=2e-6)
+    assert [rows[f"caption {long}"]["score_0"]] == cosines_of(long, [image])
 
 
 def test_one_uid_with_other_bytes_is_another_image(tmp_path):
@@ -374,10 +351,8 @@ def test_columns_of_other_names_and_images_that_are_only_named(labels_path, tmp_
     images = {name: [{"bytes": image, "path": None} for image in pairs[name]] for name in ("left", "right")}
     (tmp_path / "5-right.jpg").write_bytes(pairs["right"][4])
     images["right"][4] = {"bytes": None, "path": str(tmp_path / "5-right.jpg")}
-    features = datasets.Features(
-        {name: datasets.Image() if name in images else datasets.Value("string") for name in pairs}
-    )
-    table = pa.table({**pairs, **images}).cast(features.arrow_schema)
+    features = {name: datasets.Image() if name in images else datasets.Value("string") for name in pairs}
+    table = pa.table({**pairs, **images}).cast(datasets.Features(features).arrow_schema)
     pq.write_table(table, tmp_path / "pairs.parquet")
     relabel(
         dataset_name=tmp_path / "pairs.parquet", output_path=tmp_path / "labels.parquet", caption_column="prompt",

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import TINY, assert_same_labels, command_line, names_in, relabel, split_pairs
+from conftest import TINY, assert_same_labels, command_line, damage, names_in, relabel, split_pairs, with_column
 from fork_server import ForkServer, wait_for
 from huggingface_hub.errors import HTTPError
-from test_relabel import with_column
+from test_relabel import metadata_of
 
 import relabel_pickapic
 from relabel_pickapic import UserError, open_data, parse_args, start_run
@@ -140,10 +140,7 @@ def test_a_file_without_its_end_is_named_before_anything_is_scored(shards, tmp_p
 def test_a_file_damaged_in_the_middle_holds_up_nothing_else(shards, whole, tmp_path):
     shutil.copytree(shards.parent, tmp_path / "pairs")
     broken, path = tmp_path / "pairs" / "train-00004.parquet", tmp_path / "labels.parquet"
-    column = pq.ParquetFile(broken).metadata.row_group(1).column(pq.read_schema(broken).names.index("jpg_0"))
-    data = bytearray(broken.read_bytes())
-    data[column.data_page_offset : column.data_page_offset + 200] = bytes(200)
-    broken.write_bytes(data)
+    damage(broken, row_group=1, column="jpg_0")
     flags = {"dataset_name": tmp_path / "pairs" / "*.parquet", "output_path": path}
     with pytest.raises(UserError, match="(?s)could not be read, see above:\n[^\n]*train-00004.parquet\nAll else is"):
         relabel(**flags)
@@ -164,11 +161,7 @@ def test_a_lost_connection_and_a_damaged_column_of_keys_are_named(shards, tmp_pa
         relabel(dataset_name=shards, output_path=tmp_path / "labels.parquet")
     assert "lost https://host" in caplog.text and "secret" not in caplog.text
     path = shutil.copy(sorted(shards.parent.iterdir())[0], tmp_path / "damaged.parquet")
-    column = pq.ParquetFile(path).metadata.row_group(0).column(pq.read_schema(path).names.index("caption"))
-    data = bytearray(path.read_bytes())
-    start = column.dictionary_page_offset or column.data_page_offset
-    data[start : start + 40] = bytes(40)
-    path.write_bytes(data)
+    damage(path, row_group=0, column="caption")
     with pytest.raises(UserError, match="(?s)--dataset_name .*damaged.parquet cannot be loaded: .*fetch it again"):
         relabel(dataset_name=path, output_path=tmp_path / "others.parquet")
 
@@ -192,7 +185,7 @@ def test_a_run_is_known_by_all_that_scores_depend_on(shards, tmp_path):
         shutil.copytree(shards.parent, tmp_path / column)
         edited = tmp_path / column / "train-00002.parquet"
         table = pq.read_table(edited)
-        table = with_column(table, column, pa.array([*table[column].to_pylist()[:-1], value]))
+        table = with_column(table, column, [*table[column].to_pylist()[:-1], value])
         pq.write_table(table, edited, row_group_size=16)
     others = [
         {"dataset_name": tmp_path / "caption" / "*.parquet"},
@@ -263,7 +256,7 @@ def test_a_data_set_on_the_hub(streaming, hub, server, whole, tmp_path):
     assert server.run(flags_of(tmp_path / "labels.parquet", **flags)) == 0, server.output()
     assert_same_labels(tmp_path / "labels.parquet", whole, atol=1e-6)
     assert bool(copies() - before) == (streaming is None)
-    metadata = json.loads(pq.read_schema(tmp_path / "labels.parquet").metadata[b"smpo_labels"])
+    metadata = metadata_of(tmp_path / "labels.parquet")
     assert metadata["dataset_name"] == "ada/pairs" and re.fullmatch("[0-9a-f]{40}", metadata["dataset_revision"])
 
 
@@ -271,10 +264,8 @@ def test_labels_are_uploaded(hub, server, tmp_path):
     """With a card from which `load_dataset` knows what to read; again, without any model, if the Hub failed."""
     repo, path = hub.root / "ada" / "labelled", tmp_path / "labels.parquet"
     shutil.copytree(TINY / "pickscore", tmp_path / "model")
-    args = flags_of(
-        path, dataset_name=TINY / "pairs", dataset_split_name="test", push_to_hub=True, hub_dataset_id="ada/labelled",
-        reward_model=tmp_path / "model",
-    )  # fmt: skip
+    flags = {"dataset_name": TINY / "pairs", "dataset_split_name": "test", "hub_dataset_id": "ada/labelled"}
+    args = flags_of(path, reward_model=tmp_path / "model", push_to_hub=True, **flags)
     hub.read_only.set()
     assert server.run(args) != 0
     assert re.search(r"(?s)--push_to_hub: .*labels.parquet is written, and cannot be up.*\nStart the", server.output())
@@ -292,12 +283,9 @@ def test_labels_are_uploaded(hub, server, tmp_path):
     assert json.dumps({"reward_model": "model"})[1:-1] in card
     assert not [file for file in repo.rglob("*.*") if file.is_file() and str(tmp_path).encode() in file.read_bytes()]
     assert server.run(args) != 0  # now it is finished
-    other = flags_of(tmp_path / "other" / "labels.parquet", dataset_name=TINY / "pairs", dataset_split_name="test",
-                     push_to_hub=True, hub_dataset_id="ada/labelled")  # fmt: skip
-    assert server.run(other) != 0
+    assert server.run(flags_of(tmp_path / "other" / "labels.parquet", push_to_hub=True, **flags)) != 0
     assert "cannot be uploaded: ada/labelled has a labels.parquet already" in server.output()
-    others = flags_of(tmp_path / "other" / "others.parquet", dataset_name=TINY / "pairs", dataset_split_name="test",
-                      push_to_hub=True, hub_dataset_id="ada/labelled")  # fmt: skip
+    others = flags_of(tmp_path / "other" / "others.parquet", push_to_hub=True, **flags)
     assert server.run(others) == 0, server.output()
     assert (repo / "others.parquet").exists() and (repo / "README.md").read_text() == card
 

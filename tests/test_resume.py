@@ -20,17 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    TINY,
-    TWO_PROCESSES,
-    forget_accelerator,
-    names_in,
-    split_pairs,
-    train,
-    train_flags,
-    write_pairs,
-)
+from conftest import ROOT, TINY, TWO_PROCESSES, names_in, same_weights, split_pairs, train, train_flags, write_pairs
 from fork_server import wait_for
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
@@ -48,7 +38,6 @@ def one_step(tmp_path_factory):
     """A checkpoint after one step."""
     output_dir = tmp_path_factory.mktemp("one-step") / "out"
     train(output_dir, **FAST, max_train_steps=1)
-    forget_accelerator()
     return output_dir / "checkpoint-1"
 
 
@@ -62,13 +51,7 @@ def whole(tmp_path_factory, labels_path):
     }  # fmt: skip
     output_dir = tmp_path_factory.mktemp("whole") / "out"
     train(output_dir, **flags)
-    forget_accelerator()
     return output_dir, flags
-
-
-def same_weights(first, second):
-    first, second = load_file(first), load_file(second)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def steps_in(folder):
@@ -78,14 +61,11 @@ def steps_in(folder):
 # Killed, at any moment
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        pytest.param({"rank": None, "optimizer": "adafactor"}, id="full"),
-        pytest.param({}, id="lora", marks=pytest.mark.slow),
-        pytest.param({"streaming": True}, id="streamed", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("flags", [
+    pytest.param({"rank": None, "optimizer": "adafactor"}, id="full"),
+    pytest.param({}, id="lora", marks=pytest.mark.slow),
+    pytest.param({"streaming": True}, id="streamed", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_run_killed_many_times_ends_as_the_whole_one(num_kills, flags, server, tmp_path):
     """SIGKILL, half of the times while a checkpoint is being written. The newest complete one is always usable."""
     last = 14 + 2 * num_kills
@@ -194,8 +174,7 @@ def test_a_second_ctrl_c_interrupts_at_once(server, tmp_path):
 
 
 def test_two_processes_resume_and_stop_together(server, tmp_path):
-    """DDP over gloo, streamed where it can be: a resumed run ends bit for bit as the whole one; a signal to one
-    process stops and saves both."""
+    """DDP over gloo, streamed where it can be, resumed bit for bit; a signal to one process stops and saves both."""
     streaming = hasattr(datasets.IterableDataset, "reshard") or None
     flags = {**FAST, "streaming": streaming, "max_train_steps": 4, "checkpointing_steps": 2}
     flags["dataset_name"] = split_pairs(tmp_path / "shards", 200)
@@ -349,32 +328,23 @@ def test_too_little_memory_is_a_message_that_names_the_last_checkpoint(tmp_path,
 def test_numbers_that_stay_wrong_end_the_run_and_its_workers(tmp_path):
     """A learning rate that blows the weights up. The error stands alone, without a traceback, and names the last
     checkpoint. Workers do not hear the SIGTERM by which Python ends its children."""
-    flags = {
-        **FAST,
-        "max_train_steps": 9,
-        "checkpointing_steps": 1,
-        "dataloader_num_workers": 2,
-        "learning_rate": 1e30,
-    }
+    flags = {**FAST, "max_train_steps": 9, "checkpointing_steps": 1, "learning_rate": 1e30}
+    flags["dataloader_num_workers"] = 2
     command = [sys.executable, str(ROOT / "train_smpo_sd15.py"), *train_flags(tmp_path / "out", **flags)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    error = "\ntrain_smpo_sd15.py: Loss or gradient was not finite 20 times after step 1."
-    assert (
-        f"{error} The last checkpoint is {tmp_path / 'out' / 'checkpoint-1'}. Start a run in another --output_dir"
-        in done.stderr
-    )
+    error = "\ntrain_smpo_sd15.py: Loss or gradient was not finite 20 times after step 1. The last checkpoint is "
+    assert f"{error}{tmp_path / 'out' / 'checkpoint-1'}. Start a run in another --output_dir" in done.stderr
 
 
 # Bad data
 
 
-def test_bad_pairs_give_way_and_are_counted(tmp_path, caplog, monkeypatch):
+def test_bad_pairs_give_way_and_are_counted(load, tmp_path, caplog, monkeypatch):
     """The next pair takes the place of one that cannot be read at either side, and the reason is logged."""
     labels = [0.9 - i / 100 for i in range(8)]
-    columns = pd.read_parquet(TINY / "pairs" / "test.parquet", columns=["jpg_0", "jpg_1", "caption"])[:8].to_dict(
-        "list"
-    )
+    columns = pd.read_parquet(TINY / "pairs" / "test.parquet", columns=["jpg_0", "jpg_1", "caption"])
+    columns = columns[:8].to_dict("list")
     columns["jpg_0"][1] = columns["jpg_0"][1][:700]
     columns["jpg_1"][3] = b"<html>404</html>"
     columns["jpg_0"][5] = None
@@ -386,13 +356,9 @@ def test_bad_pairs_give_way_and_are_counted(tmp_path, caplog, monkeypatch):
     logs = train(tmp_path / "out", max_train_steps=2, **flags)  # an epoch
     assert logs["skipped_pairs"][-1] == 4 and np.isfinite(logs["loss"]).all()
 
-    args = parse_args(train_flags(tmp_path / "other", **flags))
-    data = train_smpo_sd15.load_data("dataset_split_name", args)
-    pairs = train_smpo_sd15.select_pairs(data, 1000, args)
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(UserError, match="None of 1 pairs in a row of .*, row 3 of the"),
-    ):
+    pairs, _ = load(**flags)
+    message = "None of 1 pairs in a row of .*, row 3 of the"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
         patch.setattr(train_smpo_sd15, "MAX_BAD_IN_A_ROW", 1)
         pairs[0, 3]
     for row in range(8):

@@ -7,25 +7,19 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import datasets
 import hub_server
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from accelerate import Accelerator
-from conftest import ROOT, TINY, read_logs, split_pairs, train, train_flags
-from packaging import version
-from safetensors.torch import load_file
+from conftest import ROOT, TINY, damage, read_logs, same_weights, split_pairs, train, train_flags, write_pairs
 
 import train_smpo_sd15
 from train_smpo_sd15 import LORA_FILE, UserError, decode_image, load_data, parse_args, select_pairs, streamed_batches
 
 
 FAST = {"label_column": "label_0", "noising": "forward", "streaming": True, "checkpointing_steps": 100}
-if version.parse(datasets.__version__) < version.parse("5.1"):
-    pytest.skip("refused by the scripts", allow_module_level=True)
+datasets = pytest.importorskip("datasets", minversion="5.1", reason="refused by the scripts")
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +75,13 @@ def test_an_epoch_of_a_stream(steps, shards):
 
 def test_bad_pairs_in_a_row_end_a_stream_only_if_none_can_be_read(steps, tmp_path, monkeypatch):
     """Of two pairs, which change places from epoch to epoch, the bad one may come twice in a row."""
-    table = pq.read_table(TINY / "pairs" / "test.parquet").slice(0, 2).append_column("mine", pa.array([0.9, 0.9]))
-    one = {"dataset_name": tmp_path / "pairs.parquet", "label_column": "mine", "human_label_column": "none"}
+    path = tmp_path / "pairs.parquet"
+    one = {"dataset_name": path, "label_column": "mine", "human_label_column": "none"}
     one |= {"train_batch_size": 1, "gradient_accumulation_steps": 1}
-
-    def put(*images):
-        column = table.schema.get_field_index("jpg_0")
-        pq.write_table(table.set_column(column, "jpg_0", pa.array(images)), one["dataset_name"], row_group_size=1)
-
-    put(table["jpg_0"][0].as_py(), b"x")
+    good = pq.read_table(TINY / "pairs" / "test.parquet")["jpg_0"][0].as_py()
+    write_pairs(path, rows=2, row_group_size=1, mine=[0.9, 0.9], jpg_0=[good, b"x"])
     assert len(steps(20, **one)) == 20
-    put(b"x", b"x")
+    write_pairs(path, rows=2, row_group_size=1, mine=[0.9, 0.9], jpg_0=[b"x", b"x"])
     for limit, found in ((10_000, 4), (3, 3)):
         monkeypatch.setattr(train_smpo_sd15, "MAX_BAD_IN_A_ROW", limit)
         with pytest.raises(UserError, match=f"None of {found} pairs in a row of .* can be read, "):
@@ -131,15 +121,10 @@ def test_processes_divide_an_epoch_and_micro_batches_do_not_change_it(steps):
 def test_a_file_that_breaks_off_is_named(shards, tmp_path):
     shutil.copytree(shards, tmp_path / "data")
     path = tmp_path / "data" / "train-00001.parquet"
-    column = pq.ParquetFile(path).metadata.row_group(2).column(pq.read_schema(path).names.index("jpg_0"))
-    data = bytearray(path.read_bytes())
-    data[column.data_page_offset : column.data_page_offset + 200] = bytes(200)
-    path.write_bytes(data)
-    flags = {**FAST, "rank": 2, "max_train_steps": 300, "dataset_name": str(path)}
-    with pytest.raises(
-        ValueError, match="(?s)--dataset_name .*data/.* cannot be loaded: .*within reach: mend that and resume"
-    ):
-        train(tmp_path / "out", **flags)
+    damage(path, row_group=2, column="jpg_0")
+    message = "(?s)--dataset_name .*data/.* cannot be loaded: .*within reach: mend that and resume"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "out", **FAST, rank=2, max_train_steps=300, dataset_name=path)
 
 
 def test_streamed_pairs_train_as_others_do(shards, labels_path, tmp_path, monkeypatch):
@@ -174,8 +159,7 @@ def test_a_streamed_run_is_resumed_bit_for_bit(tmp_path):
             shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", tmp_path / str(stop) / f"checkpoint-{stop}")
             resumed = train(tmp_path / str(stop), resume_from_checkpoint="latest", **flags)
             assert resumed["skipped_pairs"] == logs["skipped_pairs"][stop:]
-            ours, theirs = (load_file(folder / LORA_FILE) for folder in (tmp_path / str(stop), tmp_path / "whole"))
-            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+            assert same_weights(tmp_path / "whole" / LORA_FILE, tmp_path / str(stop) / LORA_FILE)
 
 
 def test_streaming_from_the_hub(shards, tmp_path):

@@ -8,11 +8,12 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import TINY, names_in, process_restored, train, train_flags, train_sdxl, unet_weights
+from conftest import TINY, names_in, process_restored, same_weights, train, train_flags, train_sdxl, unet_weights
 from PIL import Image
 from random_models import make_unet
 from safetensors.torch import load_file
@@ -21,13 +22,7 @@ from test_speed import FLOAT64_RTOL, in_float64, make_run, pop_gradient
 import diffusers
 import train_smpo_sd15
 import train_smpo_sdxl
-from diffusers import (
-    AutoencoderKL,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 
 
 PROMPT = "a large red circle"
@@ -73,10 +68,8 @@ def load_part(part, sdxl, dtype=torch.float32, **flags):
 
 def change_json(path, **values):
     """Puts values into a JSON file; None takes one out."""
-    changed = {**json.loads(path.read_text()), **values}
-    path.write_text(
-        json.dumps({key: value for key, value in changed.items() if key not in values or value is not None})
-    )
+    values = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
 # What a run writes, and who can read it
@@ -175,17 +168,14 @@ def test_kohya_format_is_the_same_lora(lora_run, sdxl):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_run_resumed_with_other_offloading_ends_bit_for_bit_as_the_whole_one(
-    kind, tmp_path, sdxl, labels_path, request
-):
+def test_resumed_with_other_offloading_it_ends_bit_for_bit_as_the_whole(kind, tmp_path, sdxl, labels_path, request):
     folder, logs, *_ = request.getfixturevalue(f"{kind}_run")
     shutil.copytree(folder / "checkpoint-1", tmp_path / "checkpoint-1")
     flags = {**LORA, "offload": None} if kind == "lora" else {**FULL, "offload": True}
     resumed = train_sdxl(tmp_path, sdxl, labels_path=labels_path, resume_from_checkpoint="latest", **flags)
     assert resumed["loss"] == logs["loss"][1:] and resumed["grad_norm"] == logs["grad_norm"][1:]
     name = train_smpo_sdxl.LORA_FILE if kind == "lora" else "unet/diffusion_pytorch_model.safetensors"
-    whole, ended = load_file(folder / name), load_file(tmp_path / name)
-    assert whole.keys() == ended.keys() and all(torch.equal(whole[key], ended[key]) for key in whole)
+    assert same_weights(folder / name, tmp_path / name)
 
 
 # What SDXL is told
@@ -276,22 +266,18 @@ def step_of(script, batch, context):
 
 def test_other_schedules(tmp_path, sdxl):
     """SDXL-Turbo's scheduler has SDXL's noise; v-prediction models may end in pure noise, where alpha_bar is 0."""
-    shape = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "timestep_spacing": "trailing",
-    }
+    shape = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    shape["timestep_spacing"] = "trailing"
     base = shutil.copytree(sdxl, tmp_path / "base")
     flags = {"label_column": "label_0", "rank": 2, "noising": "released"}
     args = train_smpo_sdxl.parse_args(train_flags("unused", pretrained_model_name_or_path=base, **flags))
     alpha_bar, _ = train_smpo_sdxl.load_noise_schedule(args)
-    EulerAncestralDiscreteScheduler(**shape).save_pretrained(base / "scheduler")
+    diffusers.EulerAncestralDiscreteScheduler(**shape).save_pretrained(base / "scheduler")
     turbo, prediction_type = train_smpo_sdxl.load_noise_schedule(args)
     assert torch.equal(turbo, alpha_bar) and prediction_type == "epsilon"
 
     zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    EulerDiscreteScheduler(**shape, **zero_snr).save_pretrained(base / "scheduler")
+    diffusers.EulerDiscreteScheduler(**shape, **zero_snr).save_pretrained(base / "scheduler")
     logs = train_sdxl(tmp_path / "out", base, max_train_steps=1, **flags, **VALIDATION)
     assert logs["loss"] == [pytest.approx(math.log(2), abs=1e-6)]
     context, pairs = make_run(train_smpo_sdxl, tmp_path / "made", base, **flags)
@@ -324,9 +310,7 @@ def test_other_schedules(tmp_path, sdxl):
          "num_inversion_steps must be in 1..2, got 3"),
     ],
 )  # fmt: skip
-def test_models_it_is_not_made_for_are_refused_before_weights_are_loaded(
-    script, path, values, message, tmp_path, sdxl
-):
+def test_other_models_are_refused_before_weights_are_loaded(script, path, values, message, tmp_path, sdxl):
     script, base = {"sdxl": (train_smpo_sdxl, sdxl), "sd15": (train_smpo_sd15, TINY / "sd15")}[script]
     folder = shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     change_json(folder / path, **values)
@@ -345,23 +329,16 @@ class AsVelocity(torch.nn.Module):
         eps = self.unet(x_t, t, **conditions).sample
         alpha_bar_t = self.alpha_bar[t.clamp(min=0)].view(-1, 1, 1, 1)
         x_0 = (x_t - (1 - alpha_bar_t).sqrt() * eps) / alpha_bar_t.sqrt()
-        output = type("Output", (), {})()
-        output.sample = alpha_bar_t.sqrt() * eps - (1 - alpha_bar_t).sqrt() * x_0
-        return output
+        return SimpleNamespace(sample=alpha_bar_t.sqrt() * eps - (1 - alpha_bar_t).sqrt() * x_0)
 
 
 @in_float64
-@pytest.mark.parametrize(
-    "script, noising", [(train_smpo_sd15, "released"), (train_smpo_sdxl, "renoise")], ids=["sd15", "sdxl"]
-)
-def test_v_prediction_gives_the_loss_and_gradient_of_its_noise(
-    script, noising, tmp_path, sdxl, labels_path, monkeypatch
-):
+@pytest.mark.parametrize("script, noising", [(train_smpo_sd15, "released"), (train_smpo_sdxl, "renoise")])
+def test_v_prediction_gives_the_step_of_its_noise(script, noising, tmp_path, sdxl, labels_path, monkeypatch):
     """A policy unlike the reference: loss, errors and gradient of an exact v are those of the noise itself."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    context, pairs = make_run(
-        script, tmp_path, sdxl, torch.float64, labels_path=labels_path, noising=noising, beta_dpo=200
-    )
+    flags = {"labels_path": labels_path, "noising": noising, "beta_dpo": 200}
+    context, pairs = make_run(script, tmp_path, sdxl, torch.float64, **flags)
     batch = script.collate_pairs([pairs[0, 0], pairs[0, 1]])
     as_velocity = {part: AsVelocity(context.models[part], context.alpha_bar) for part in ("unet", "ref_unet")}
     velocity = replace(context, models={**context.models, **as_velocity}, prediction_type="v_prediction")

@@ -8,20 +8,17 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import train_smpo_sd15
-from train_smpo_sd15 import hold_out, is_share, load_data, select_pairs
+from train_smpo_sd15 import hold_out, is_share
 
 
 HELD_OUT = ("validation/loss", "validation/implicit_accuracy", "validation/reward_margin", "validation/std_tau")
 FAST = {"label_column": "label_0", "noising": "forward", "rank": 2, "train_batch_size": 1}
 
 
-def test_held_out_prompts_are_not_trained_on(tmp_path):
+def test_held_out_prompts_are_not_trained_on(load):
     """All pairs of some prompts, as many as the share asks for and less than a prompt more; drawn with the seed."""
-    Accelerator(cpu=True)  # the logger asks it which process this is
-    args = train_smpo_sd15.parse_args(train_flags(tmp_path, label_column="label_0"))
-    data = load_data("dataset_split_name", args)
-    pairs = select_pairs(data, 1000, args)
-    captions = np.array(data["caption"][:])[pairs.rows]
+    pairs, args = load()
+    captions = np.array(pairs.data["caption"][:])[pairs.rows]
     most = np.unique(captions, return_counts=True)[1].max()
     for share in ("0.001", "0.1", "0.5"):
         args.validation_split = share
@@ -33,21 +30,16 @@ def test_held_out_prompts_are_not_trained_on(tmp_path):
     assert [is_share(value) for value in (None, "test", "0.1", ".5")] == [False, False, True, True]
 
 
-def test_what_is_held_out_is_not_trained_on(tmp_path):
+def test_what_is_held_out_is_not_trained_on(load):
     """Nor counted among --max_train_samples."""
-    parts = {}
-    for share in (None, "0.2"):
-        for limit in (None, 50):
-            flags = {"label_column": "label_0", "validation_split": share, "max_train_samples": limit}
-            args = train_smpo_sd15.parse_args(train_flags(tmp_path, **flags))
-            parts[share, limit] = train_smpo_sd15.load_pairs(Accelerator(cpu=True), 1000, args)
-    everything, nothing = parts[None, None]
-    for limit in (None, 50):
-        pairs, held_out = parts["0.2", limit]
-        assert nothing is None and len(pairs) == len(pairs.keys) == (limit or len(everything) - len(held_out))
-        assert not set(pairs.rows) & set(held_out.rows) and set(pairs.rows) | set(held_out.rows) <= set(
-            everything.rows
-        )
+    _, args = load()
+    everything, nothing = train_smpo_sd15.load_pairs(Accelerator(cpu=True), 1000, args)
+    args.validation_split = "0.2"
+    for args.max_train_samples in (None, 50):
+        pairs, held_out = train_smpo_sd15.load_pairs(Accelerator(cpu=True), 1000, args)
+        others = args.max_train_samples or len(everything) - len(held_out)
+        assert nothing is None and len(pairs) == len(pairs.keys) == others
+        assert not {*pairs.rows} & {*held_out.rows} and {*pairs.rows, *held_out.rows} <= {*everything.rows}
         assert len(held_out.soft_labels_0) == len(held_out) >= 0.2 * len(everything)
 
 
@@ -64,8 +56,7 @@ def test_held_out_accuracy_rises(tmp_path, labels_path):
 
 @pytest.mark.parametrize("rank, precision", [(2, "no"), (None, "bf16")])
 def test_a_policy_that_does_not_move_has_the_same_numbers_and_pictures(rank, precision, tmp_path, monkeypatch):
-    """To the bit, at every validation, and none of the training's numbers; prompts from a file, base left of
-    policy."""
+    """To the bit, at every validation, and none of the training's; prompts from a file, base left of policy."""
     (tmp_path / "prompts.txt").write_text("\ufeffa red circle\n\na blue square\n", encoding="utf-8")
     args = train_smpo_sd15.parse_args(train_flags(tmp_path / "x", validation_prompts=tmp_path / "prompts.txt"))
     assert args.validation_prompts == ["a red circle", "a blue square"]
@@ -104,9 +95,8 @@ def test_the_card_says_what_the_hub_reads_and_no_local_path(tmp_path):
     args.dataset_name, args.pretrained_model_name_or_path = "https://me:secret@host/pairs.parquet", str(TINY / "sd15")
     train_smpo_sd15.save_model_card(args, 1)
     text = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "https://host/pairs.parquet" in text and "of sd15" in text and "secret" not in text and str(ROOT) not in text
-    )
+    assert "https://host/pairs.parquet" in text and "of sd15" in text
+    assert "secret" not in text and str(ROOT) not in text
 
 
 @pytest.mark.parametrize(
