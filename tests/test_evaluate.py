@@ -1,6 +1,5 @@
 """evaluate_smpo.py on the tiny models: what it draws, scores and says, what it keeps, and whom it refuses."""
 
-import csv
 import hashlib
 import itertools
 import json
@@ -66,8 +65,7 @@ def read_results(output_dir, reward="pickscore", group="all"):
 
 
 def read_table(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return pd.read_csv(path).to_dict("records")
 
 
 def images_in(folder):
@@ -133,13 +131,11 @@ def test_itself_and_a_damaged_model(whole):
     assert same["median"] == results["base"]["median"]
     assert (same["win_rate"], same["win_rate_low"], same["win_rate_high"], same["tie_rate"]) == (0.5, 0.5, 0.5, 1)
     assert len(rows) == 3 * 24 and all((folder / row["image"]).is_file() for row in rows)
-    base, _, tuned = np.array([float(row["pickscore"]) for row in rows]).reshape(3, 24)
+    base, _, tuned = np.array([row["pickscore"] for row in rows]).reshape(3, 24)
     assert worse["median"] == pytest.approx(np.median(tuned)) and worse["mean"] < results["base"]["mean"]
     assert worse["win_rate"] == pytest.approx((tuned > base).mean()) and same["median_less_base_low"] == 0
-    assert [row["seed"] for row in rows if row["model"] == "base"] == [str(i) for i in range(24)]
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-        TINY / "sd15", safety_checker=None, torch_dtype=torch.float32
-    )
+    assert [row["seed"] for row in rows if row["model"] == "base"] == list(range(24))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(TINY / "sd15", torch_dtype=torch.float32)
     options = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64, "output_type": "np"}
     for seed in (0, 5, 18):  # drawn alone, not in a batch of 24
         drawn = pipeline(rows[seed]["prompt"], generator=torch.Generator().manual_seed(seed), **options).images[0]
@@ -166,8 +162,7 @@ def test_tables_are_safe_to_open(whole):
 
 
 def test_a_comparison_and_what_trackers_get(whole):
-    """Thumbnails of the prompt that gains most above, base left of the model's at each seed; the same in
-    tensorboard."""
+    """Thumbnails of the prompt that gains most above, base left of the model's at each seed."""
     folder, size = whole[0] / "out", evaluate_smpo.THUMBNAIL
     sheet, table = Image.open(folder / "comparison-damaged.png"), pd.read_csv(folder / "scores.csv")
     assert sheet.size == (4 * size, 12 * size)
@@ -394,11 +389,7 @@ class Tags(HTMLParser):
 def test_gallery(whole):
     """What it shows of whom; nothing of a prompt or group becomes a tag; gains are those of the table."""
     folder = whole[0] / "out"
-    page, scores, results = (
-        (folder / "gallery.html").read_text(),
-        read_table(folder / "scores.csv"),
-        read_results(folder),
-    )
+    page, scores = (folder / "gallery.html").read_text(), read_table(folder / "scores.csv")
     tags, of_image = Tags(page), {row["image"]: row for row in scores}
     assert len(tags.of("script")) == 1 and "content-visibility: auto" in page
     assert [text for _, text in tags.of("p")[1:3]] == EVIL and tags.of("i")[0][1] == EVIL_NAME
@@ -409,10 +400,11 @@ def test_gallery(whole):
         image = of_image[attributes["src"]]
         rivals = [row for row in scores if (row["prompt"], row["seed"]) == (image["prompt"], image["seed"])]
         for reward in ("pickscore", "other"):
-            star = float(image[reward]) == max(float(row[reward]) for row in rivals)
-            assert next(lines).split() == [reward, f"{float(image[reward]):.3f}", *["★"] * star]
+            star = image[reward] == max(row[reward] for row in rivals)
+            assert next(lines).split() == [reward, f"{image[reward]:.3f}", *["★"] * star]
     assert [text for _, text in tags.of("option")][3] == "by gain of damaged by pickscore"
     gains = np.array([json.loads(attributes["data-gains"]) for attributes, _ in tags.of("section")])
+    results = read_results(folder)
     assert gains.mean(axis=0)[2] == pytest.approx(results["damaged"]["mean"] - results["base"]["mean"])
 
 
@@ -476,8 +468,7 @@ def test_other_votes_are_refused(votes, message, copy, tmp_path):
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
 def test_keys_of_the_blind_page(whole):
-    """Its own script, in an engine without a browser: 1, 2 and 0 are votes, nothing else is, nor before both images
-    are there; all can be forgotten."""
+    """Its own script, without a browser: 1, 2 and 0 are votes when both images are there; all can be forgotten."""
     page, duels = read_duels(whole[0] / "out")
     script = re.search("<script>(.*)</script>", page, re.S)[1]
     keys = ["3", "a", "1", "Enter", " ", "01", "12", "F1", "2", "0"]
@@ -512,13 +503,13 @@ def test_keys_of_the_blind_page(whole):
 def test_pairs_are_what_training_takes(whole, tmp_path):
     """The best and the worst of a prompt: columns, labels in closed form, and two steps on them."""
     pairs, scores = whole[0] / "pairs.parquet", read_table(whole[0] / "out" / "scores.csv")
-    rows, values = pq.read_table(pairs).to_pylist(), [float(row["pickscore"]) / 100 for row in scores]
+    rows, values = pq.read_table(pairs).to_pylist(), [row["pickscore"] / 100 for row in scores]
     of_image = {(row["model"], row["seed"], row["prompt"].removeprefix("'")): row for row in scores}
     assert len(rows) == 12 == len({row["ranking_id"] for row in rows})
     for row in rows:
-        sides = [of_image[row[f"model_{i}"], str(row[f"seed_{i}"]), row["caption"]] for i in (0, 1)]
-        first, second = (float(side["pickscore"]) for side in sides)
-        of_prompt = [float(side["pickscore"]) for key, side in of_image.items() if key[2] == row["caption"]]
+        sides = [of_image[row[f"model_{i}"], row[f"seed_{i}"], row["caption"]] for i in (0, 1)]
+        first, second = (side["pickscore"] for side in sides)
+        of_prompt = [side["pickscore"] for key, side in of_image.items() if key[2] == row["caption"]]
         assert {first, second} == {min(of_prompt), max(of_prompt)}
         assert (row["score_0_pickscore"], row["score_1_other"]) == (first, second)
         gap = (first - second) / 100 / (max(values) - min(values))  # the range of a published reward is its own
@@ -711,9 +702,8 @@ def test_a_model_that_is_gone_and_one_that_draws_black(tmp_path, capsys):
         unet.conv_out.weight.fill_(math.nan)
     unet.save_pretrained(tmp_path / "broken")
     evaluate(tmp_path / "out", models=tmp_path / "broken", max_prompts=1)
-    assert re.search(
-        "images/broken/.*png is all black: the model is broken, or overflows in float32", capsys.readouterr().out
-    )
+    told = "images/broken/.*png is all black: the model is broken, or overflows in float32"
+    assert re.search(told, capsys.readouterr().out)
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone" / "config.json").symlink_to(tmp_path / "none")
     with pytest.raises(UserError, match="--models .*gone cannot be loaded: .*No such file"):

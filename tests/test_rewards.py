@@ -14,6 +14,7 @@ from conftest import ROOT, TINY, relabel, write_pairs
 from PIL import Image
 from random_checkpoint import TEXTS, images, tensor
 from test_evaluate import evaluate, read_table
+from test_relabel import metadata_of, scores_of
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -67,9 +68,8 @@ def cache(tmp_path_factory):
     words, everything = "token|vocab|merges|preprocessor", "."
     snapshot(*script.PUBLISHED["pickscore"], tokenizer=everything)
     clip_config("gelu", 48, 3, 4, 32, 2, 24).save_pretrained(snapshot(*script.CLIP_H, tokenizer=words))
-    torch.save(
-        {"state_dict": random_weights("hpsv2.1")}, snapshot(*script.PUBLISHED["hpsv2.1"]) / "HPS_v2.1_compressed.pt"
-    )
+    hpsv2 = snapshot(*script.PUBLISHED["hpsv2.1"])
+    torch.save({"state_dict": random_weights("hpsv2.1")}, hpsv2 / "HPS_v2.1_compressed.pt")
     torch.save(random_weights("imagereward"), snapshot(*script.PUBLISHED["imagereward"]) / "ImageReward.pt")
     (cache / "vocab.txt").write_text("\n".join(REFERENCE["imagereward"]["vocab"]))
     bert = snapshot(*script.BERT)
@@ -79,9 +79,8 @@ def cache(tmp_path_factory):
 
     clip_l = snapshot(*script.CLIP_L, tokenizer=words)
     clip_config("quick_gelu", 64, 2, 1, 32, 1, 32).save_pretrained(clip_l)
-    torch.save(
-        {"state_dict": random_weights("aesthetic", "clip_model.")}, cache / "clip.pt"
-    )  # OpenAI's is open_clip's
+    weights = random_weights("aesthetic", "clip_model.")  # OpenAI's are open_clip's
+    torch.save({"state_dict": weights}, cache / "clip.pt")
     source = {"pretrained_model_name_or_path": clip_l}
     script.load_hpsv2(cache / "clip.pt", None, source)[0].save_pretrained(clip_l)
     pixels.save_pretrained(clip_l)
@@ -123,11 +122,9 @@ def test_labels_of_a_published_reward(name, small, tmp_path):
     model, commit = script.PUBLISHED[name]
     args = script.parse_args(f"--dataset_name x --output_path x.parquet --reward_model {model}".split())
     assert args.reward_model == name
-    labels = pq.read_table(path)
-    metadata = json.loads(labels.schema.metadata[b"smpo_labels"])
+    metadata, scores = metadata_of(path), scores_of(path)
     assert (metadata["reward_model"], metadata["revision"]) == (model, commit)
     assert (metadata["reward_processor"], metadata["processor_revision"]) == reward.base
-    scores = np.stack([labels[f"score_{side}"].to_numpy() for side in (0, 1)])
     ends = reward.label_range or (scores.min(), scores.max())
     assert (metadata["score_min"], metadata["score_max"]) == ends
     assert metadata["range_from"] == ("published labels" if name == "pickscore" else "the scores")
@@ -147,7 +144,7 @@ def test_an_evaluation_by_all_published_rewards(small, tmp_path):
         files = [Image.open(tmp_path / row["image"]).convert("RGB") for row in rows]
         pixels = torch.cat([scorer.image_processor(image, return_tensors="pt")["pixel_values"] for image in files])
         scores = script.REWARDS[name].scale * scorer.score(pixels, [row["prompt"] for row in rows])
-        np.testing.assert_allclose([float(row[name]) for row in rows], scores, rtol=0, atol=1e-4)
+        np.testing.assert_allclose([row[name] for row in rows], scores, rtol=0, atol=1e-4)
     for pair in pq.read_table(pairs).to_pylist():
         gap = (pair["score_0_pickscore"] - pair["score_1_pickscore"]) / 100
         p_0 = 1 / (1 + np.exp(-gap / (0.28201571106910706 - 0.11543526500463486)))
@@ -191,9 +188,8 @@ def test_a_reward_that_is_nowhere():
 @pytest.mark.parametrize("own", ["", "tokenizer.json", "tokenizer_config.json"])
 def test_a_model_with_a_tokenizer_prepares_images_its_own_way(own, small, tmp_path):
     """One that has none is prepared for as PickScore is."""
-    shutil.copytree(
-        TINY / "pickscore", tmp_path / "model", ignore=shutil.ignore_patterns("*token*", "*vocab*", "*merg*")
-    )
+    words = shutil.ignore_patterns("*token*", "*vocab*", "*merg*")
+    shutil.copytree(TINY / "pickscore", tmp_path / "model", ignore=words)
     if own:
         AutoTokenizer.from_pretrained(TINY / "pickscore").save_pretrained(tmp_path / "words")
         for name in {own, "tokenizer.json"}:

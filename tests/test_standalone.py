@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, TWO_PROCESSES, command_line, names_in, read_logs, run_script, train, train_flags
+from test_evaluate import evaluation_flags
 
 import evaluate_smpo
 
@@ -40,12 +41,9 @@ def run_alone(alone, server):
     return run
 
 
-def evaluation_flags(tmp_path, model):
-    return command_line(
-        pretrained_model_name_or_path=model, models=f"tuned={tmp_path / 'tuned'}",
-        prompts_path=TINY / "pairs" / "test.parquet", reward_model=TINY / "pickscore", max_prompts=2,
-        num_inference_steps=2, resolution=64, output_dir=tmp_path / "evaluation",
-    )  # fmt: skip
+def flags_of(tmp_path, model):
+    flags = {"pretrained_model_name_or_path": model, "models": f"tuned={tmp_path / 'tuned'}"}
+    return evaluation_flags(tmp_path / "evaluation", **flags)
 
 
 def check_evaluation(tmp_path, printed):
@@ -79,13 +77,13 @@ def test_relabel_train_evaluate(tmp_path, run_alone, alone, server, monkeypatch)
     for metric in ("loss", "grad_norm", "std_tau", "model_error_preferred", "weight", "lr", "epoch"):
         # fp32 keeps an error below 1 to some 1e-6, ten of its eps, of which beta gamma / 2 makes 1e-3.
         np.testing.assert_allclose(two[metric], one[metric], rtol=1e-3, err_msg=metric)
-    check_evaluation(tmp_path, run_alone("evaluate_smpo.py", evaluation_flags(tmp_path, TINY / "sd15")))
+    check_evaluation(tmp_path, run_alone("evaluate_smpo.py", flags_of(tmp_path, TINY / "sd15")))
 
 
 def test_sdxl_train_evaluate(tmp_path, run_alone, sdxl, capsys):
     flags = {"pretrained_model_name_or_path": sdxl, "label_column": "label_0", "rank": 4, "train_batch_size": 1}
     run_alone("train_smpo_sdxl.py", train_flags(tmp_path / "tuned", **flags))
-    evaluate_smpo.main(evaluate_smpo.parse_args(evaluation_flags(tmp_path, sdxl)))
+    evaluate_smpo.main(evaluate_smpo.parse_args(flags_of(tmp_path, sdxl)))
     check_evaluation(tmp_path, capsys.readouterr().out)
 
 
