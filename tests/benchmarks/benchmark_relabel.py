@@ -14,7 +14,6 @@ random: the numbers of operations are those of real ones.
 
 import argparse
 import io
-import logging
 import os
 import re
 import resource
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +108,6 @@ def score_one_at_a_time(table, model, processor, device):
 def speed(args, folder):
     import relabel_pickapic
 
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
     photo = make_photo(args.size, np.random.default_rng(0))
     processor = CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224)
     started = time.perf_counter()
@@ -118,18 +115,14 @@ def speed(args, folder):
         processor(images=relabel_pickapic.decode_image(photo), return_tensors="pt")
     per_image = (time.perf_counter() - started) / 32
 
-    script_logger = logging.getLogger("relabel_pickapic")
-    script_logger.setLevel(logging.INFO)
-    script_logger.addHandler(handler)
     write_model(folder / "model", args.model)
     num_files = -(-args.num_pairs // ROWS_PER_FILE)
     write_pairs(folder / "pairs", num_files, min(args.num_pairs, ROWS_PER_FILE), args.size)
     flags = ["--dataset_name", str(folder / "pairs"), "--reward_model", str(folder / "model")]
     flags += ["--output_path", str(folder / "labels.parquet"), *args.flags]
-    relabel_pickapic.main(relabel_pickapic.parse_args(flags))
-    script_logger.removeHandler(handler)
-    (summary,) = [line for line in lines if " images scored in " in line]
-    images, seconds = re.search(r"(\d+) images scored in ([\d.]+) s", summary).groups()
+    with unittest.TestCase().assertLogs("relabel_pickapic", "INFO") as logs:
+        relabel_pickapic.main(relabel_pickapic.parse_args(flags))
+    images, seconds = re.search(r"(\d+) images scored in ([\d.]+) s", "\n".join(logs.output)).groups()
     rows = int(images) // 2
     ours = rows / float(seconds)
 
