@@ -173,8 +173,7 @@ def test_a_vae_that_overflows_in_fp16_is_kept_in_fp32(tmp_path, labels_path, mon
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_labels_are_those_of_fp32(precision, tmp_path):
-    """A cosine off by a rounding is a reward off by six, of the published range; a label a quarter of a reward's
-    gap."""
+    """A cosine off by a rounding is a reward off by six (of the published range), a label by a quarter of that."""
     for dtype in ("float32", DTYPES[precision]):
         relabel(output_path=tmp_path / f"{dtype}.parquet", dtype=dtype)
     single, half = (pd.read_parquet(tmp_path / f"{dtype}.parquet") for dtype in ("float32", DTYPES[precision]))

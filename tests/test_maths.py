@@ -92,12 +92,10 @@ def test_inversion_timesteps_refuses_what_makes_no_sense(t, n):
         inversion_timesteps(torch.tensor([t]), n, T)
 
 
-@pytest.mark.parametrize(
-    "noising, renoise_at", [("ddim", "last_move"), ("renoise", "last_move"), ("renoise", "every_move")]
-)
-def test_invert_follows_the_algorithm(noising, renoise_at):
-    """Each sample against a scalar loop; a mixed batch equals batches of one."""
-    x_0, n = random(len(MIXED_T), 4, 8, 8), 9
+@pytest.mark.parametrize("way", ["ddim last_move", "renoise last_move", "renoise every_move"])
+def test_invert_follows_the_algorithm(way):
+    """Each sample of a mixed batch, so with levels of its own, against a scalar loop."""
+    (noising, renoise_at), x_0, n = way.split(), random(len(MIXED_T), 4, 8, 8), 9
     x_t = invert(lambda x, t, rows: wavy(x, t), x_0, MIXED_T, ALPHA_BAR, n, noising, renoise_at)
     for i, t in enumerate(MIXED_T.tolist()):
         k = math.ceil(n * (t + 1) / T)

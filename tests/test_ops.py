@@ -44,7 +44,7 @@ def test_operations_are_counted_as_by_hand():
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[] if case in FAST else pytest.mark.slow) for case in TOTALS]
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in TOTALS]
 )
 def test_what_a_step_costs(case, monkeypatch):
     """Of networks with one block of each kind: a step of two pairs, one a micro-batch, at most two moves."""

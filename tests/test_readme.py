@@ -28,6 +28,7 @@ DOCUMENTS = [
 ]  # fmt: skip
 TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 README, ALL = TEXTS["README.md"], "".join(TEXTS.values())
+BENCHMARKS = [path.stem for path in (ROOT / "tests/benchmarks").glob("benchmark_*.py")]
 NAME = rf"({'|'.join(script.removesuffix('.py') for script in SCRIPTS)})\.py"
 
 
@@ -110,8 +111,7 @@ def test_accelerate_takes_the_configuration(tmp_path):
 
 @pytest.mark.parametrize("signalled", [True, False])
 def test_the_slurm_script(signalled, tmp_path):
-    """With stand-ins for what it calls: a signal is passed on, the run's end awaited and the job requeued; else it is
-    not."""
+    """With stand-ins for what it calls: only a signal is passed on, the run's end awaited and the job requeued."""
     (script,) = (block for block in blocks("bash") if "#SBATCH" in block)
     stands_in = {
         "accelerate": "echo $$ > pid.tmp; mv pid.tmp pid; trap 'sleep 0.3; echo saved >> calls; exit 1' USR1\n"
@@ -198,17 +198,13 @@ def test_command_lines_of_benchmarks_and_ablation():
             if flags := shlex.split(flags, comments=True):
                 module = importlib.import_module(name)
                 parser_of(getattr(module, "parse_args", module.main)).parse_args(flags)
-    assert found >= {path.stem for path in (ROOT / "tests/benchmarks").glob("benchmark_*.py")} | {
-        "rounds",
-        "run_ablation",
-    }
+    assert found >= {*BENCHMARKS, "rounds", "run_ablation"}
 
 
 def test_no_flag_is_spoken_of_that_is_not_there():
     known = {"--help", "--slow", "--logdir", "--shm-size"}  # of pytest, tensorboard and docker, too
     makers = [rounds.parse_args, run_ablation.parse_args]
-    benchmarks = [path.stem for path in (ROOT / "tests/benchmarks").glob("benchmark_*.py")]
-    makers += [importlib.import_module(name).main for name in (*benchmarks, "run_gpu")]
+    makers += [importlib.import_module(name).main for name in (*BENCHMARKS, "run_gpu")]
     for parser in (*map(script_parser, SCRIPTS), launch_command_parser(), *map(parser_of, makers)):
         known.update(parser._option_string_actions)
     text = re.sub(r"^#SBATCH.*$", "", ALL, flags=re.M)
@@ -235,10 +231,8 @@ def test_every_metric_is_explained(tmp_path):
 
 def test_evidence():
     """Every interval that the README quotes stands in the ablation's tables, which are those of its CSVs."""
-    quoted = re.findall(r"[+-][\d.]+ ± [\d.]+", README)
-    assert len(quoted) == 14 and not [
-        interval for interval in quoted if interval not in TEXTS["tests/ablation/README.md"]
-    ]
+    quoted, tables = re.findall(r"[+-][\d.]+ ± [\d.]+", README), TEXTS["tests/ablation/README.md"]
+    assert len(quoted) == 14 and all(interval in tables for interval in quoted)
     titles = {
         "forward noise": "forward (Diffusion-DPO)", "DDIM inversion": "DDIM, 9 moves",
         "+ ReNoise at the last move, as the paper has it": "ReNoise, last of 9 moves",
@@ -251,7 +245,7 @@ def test_evidence():
     assert [title for title, *_ in rows] == list(titles)
     for title, gain, calls, seeds in rows:
         whole = rf"^\| {re.escape(titles[title])}, soft \| 5e-05 \| 8 \| {calls} \| {re.escape(gain)} \|.* {seeds} \|$"
-        assert re.search(whole, TEXTS["tests/ablation/README.md"], re.M), title
+        assert re.search(whole, tables, re.M), title
 
 
 def anchors(text):

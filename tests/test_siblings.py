@@ -125,11 +125,10 @@ def type_of(action):
 
 def flags(script):
     """`{flag: its properties}` of a script's parser."""
-    keys = "choices help default nargs required option_strings".split()
-    return {
-        action.dest: {"type": type_of(action), **{key: getattr(action, key) for key in keys}}
-        for action in script_parser(script)._actions
-    }
+    keys, found = "choices help default nargs required option_strings".split(), {}
+    for action in script_parser(script)._actions:
+        found[action.dest] = {"type": type_of(action), **{key: getattr(action, key) for key in keys}}
+    return found
 
 
 def may_differ(first, second):

@@ -12,16 +12,13 @@ import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from conftest import TINY, train, train_flags, unet_weights
-from packaging import version
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_smpo_sd15
 import train_smpo_sdxl
 
 
-in_float64 = pytest.mark.skipif(
-    version.parse(transformers.__version__) < version.parse("5"), reason="its CLIP cannot run in float64"
-)
+in_float64 = pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="its CLIP is not for float64")
 # float64's eps, 2.2e-16, times 1,000 of beta gamma / 2, 34 of 1 / sqrt(1 - alpha_bar_0), 100 of as many layers: 8e-10.
 FLOAT64_RTOL = 1e-9
 
@@ -102,11 +99,9 @@ def plain_step(script, keys, pairs, context):
     (train_smpo_sd15, {"noising": "forward", "label_column": "label_0", "labels_path": None, "gamma": 1,
                        "beta_dpo": 2000}),
 ])  # fmt: skip
-def test_the_fast_path_gives_loss_and_gradient_of_the_plain_one(
-    script, flags, tmp_path, sdxl, labels_path, monkeypatch
-):
-    """Six pairs: one image and one move at a time, against micro-batches of two, two of them inverted together. By
-    forward noise, with people's choices and a gamma of 1, it is Diffusion-DPO."""
+def test_the_fast_path_is_the_plain_one(script, flags, tmp_path, sdxl, labels_path, monkeypatch):
+    """Loss and gradient of six pairs: one image and one move at a time, against micro-batches of two, two of them
+    inverted together. By forward noise, with people's choices and a gamma of 1, it is Diffusion-DPO."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     context, pairs = make_run(
         script, tmp_path, sdxl, torch.float64, gradient_accumulation_steps=3, inversion_batch_size=4,

@@ -55,8 +55,7 @@ def test_the_judge_reads_pictures(judge):
 
 
 def test_the_reward_model_prefers_the_right_caption():
-    """A picture's own caption against one with a single attribute changed. It learned all but where the shape
-    stands."""
+    """A picture's own caption against one with an attribute changed. It learned all but where the shape stands."""
     model = CLIPModel.from_pretrained(TINY / "pickscore").float()
     processor = CLIPProcessor.from_pretrained(TINY / "pickscore")
     generator = torch.Generator().manual_seed(6)

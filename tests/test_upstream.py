@@ -97,9 +97,8 @@ def test_habits(folder, name):
     if any(module == "diffusers" for module, _ in imports(tree)):
         (bound,) = re.findall(r'^check_min_version\("([\d.]+)"\)$', source, re.M)
         assert f"diffusers>={bound}\n" in (folder / "requirements.txt").read_text()
-        assert f"diffusers {bound.removesuffix('.0')} and later" in (folder / "README.md").read_text().replace(
-            "\n> ", " "
-        )
+        readme = (folder / "README.md").read_text().replace("\n> ", " ")
+        assert f"diffusers {bound.removesuffix('.0')} and later" in readme
     functions = {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert ast.unparse(functions["parse_args"]) == "input_args=None" and ast.unparse(functions["main"]) == "args"
     assert source.endswith('\nif __name__ == "__main__":\n    with short_errors():\n        main(ARGS)\n')

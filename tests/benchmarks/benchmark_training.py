@@ -193,9 +193,7 @@ def main(input_args=None):
     """Prints the table row by row, and returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES)[:4])
-    parser.add_argument(
-        "--batch_sizes", nargs="+", type=int, help="Pairs a micro-batch. Default: 1 4 8 16, 32 for SD1.5."
-    )
+    parser.add_argument("--batch_sizes", nargs="+", type=int, help="Pairs a micro-batch. Default: 1 4 8 16; SD1.5 32.")
     parser.add_argument("--num_pairs", type=int, help="Pairs that are timed. Default: 32 for SD1.5, 16 for SDXL.")
     args = parser.parse_args(input_args)
     start, device = time.perf_counter(), PartialState().device

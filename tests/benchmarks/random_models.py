@@ -18,12 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffusers import (
-    AutoencoderKL,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
 
 TINY = Path(__file__).parent.parent / "tiny"
@@ -113,10 +108,7 @@ def parse(kind, resolution, *flags):
 
 def make_models(kind, script, args, device, dtype):
     """What the script's own functions make of the networks for training in `dtype`, with a tokenizer and no files."""
-    makers, tokenizer = (
-        {"unet": make_unet, "vae": make_vae},
-        CLIPTokenizer.from_pretrained(TINY / "sd15" / "tokenizer"),
-    )
+    makers, tokenizer = {"unet": make_unet, "vae": make_vae}, CLIPTokenizer.from_pretrained(TINY / "sd15/tokenizer")
 
     def load_network(part, network_class, args, dtype):
         torch.manual_seed(0)  # the reference is the policy's start
