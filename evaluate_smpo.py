@@ -1021,7 +1021,8 @@ figure { display: inline-block; margin: 4px } img { display: block; width: 192px
 <span id="count"></span> prompts; ★ has the highest score at the seed</p>
 <main>{% for prompt, images in of_prompt %}
 <section data-gains="{{ gains[prompt] | tojson }}"><p>{{ prompt }} <i>{{ images.iloc[0].group or "" }}</i></p>
-{% for image in images.itertuples() %}<figure><a href="{{ image.image }}"><img loading="lazy" src="{{ image.image }}" alt=""></a>
+{% for image in images.itertuples() %}<figure>
+<a href="{{ image.image }}"><img loading="lazy" src="{{ image.image }}" alt=""></a>
 {{ image.model }}{% for score in image.scores %}<br>{{ score }}{% endfor %}</figure>
 {% endfor %}</section>{% endfor %}</main>
 <script>

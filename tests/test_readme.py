@@ -178,7 +178,7 @@ def test_loading_what_was_trained(sdxl, tmp_path, monkeypatch):
 def test_examples_in_docstrings(script):
     with torch.random.fork_rng():
         failed, attempted = doctest.testmod(importlib.import_module(script.removesuffix(".py")))
-    assert not failed and attempted > 1
+    assert not failed and attempted
 
 
 def test_make_targets():
