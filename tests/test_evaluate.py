@@ -65,7 +65,7 @@ def read_results(output_dir, reward="pickscore", group="all"):
 
 
 def read_table(path):
-    return pd.read_csv(path).to_dict("records")
+    return pd.read_csv(path, float_precision="round_trip").to_dict("records")
 
 
 def images_in(folder):
