@@ -825,17 +825,18 @@ def load_models(args, device, weight_dtype):
     """The base model: VAE and text encoders frozen in `weight_dtype`, the UNet in fp32, or for LoRA like the rest.
 
     Returns a dict of the pipeline's parts. With --offload only the UNet stays on `device`."""
+    upcast = VAE_MAY_OVERFLOW and load_network("vae", AutoencoderKL, args).get("force_upcast", True)
     unet = load_network("unet", UNet2DConditionModel, args, torch.float32 if args.rank is None else weight_dtype)
-    vae = load_network("vae", AutoencoderKL, args, torch.float32)
+    vae = load_network("vae", AutoencoderKL, args, torch.float32 if upcast else weight_dtype)
     with explain_errors("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
         models = make_pipeline(unet.to(device), args, vae=vae, **PIPELINE_OPTIONS).components
         for part in TOKENIZERS:
             if len(models[part]) <= 2:  # start and end of a text: transformers makes it up where the files are missing
                 raise ValueError(f"its {part} has no vocabulary")
-    upcast = VAE_MAY_OVERFLOW and vae.config.force_upcast
+    for part in TEXT_ENCODERS:
+        models[part].to(weight_dtype)
     for part in ["vae", *TEXT_ENCODERS]:
-        dtype = torch.float32 if upcast and part == "vae" else weight_dtype
-        models[part].requires_grad_(False).to("cpu" if args.offload else device, dtype)
+        models[part].requires_grad_(False).to("cpu" if args.offload else device)
     return models
 
 
@@ -1586,8 +1587,9 @@ def save_final(unet, step, args):
         save_lora(unet, args.output_dir)
     else:
         unet.save_pretrained(Path(args.output_dir) / "unet")  # first: the rest of the pipeline may fail to load
-        vae = load_network("vae", AutoencoderKL, args, torch.float32)
-        pipeline = make_pipeline(unet, args, vae=vae).to(torch.float32)
+        pipeline = make_pipeline(unet, args, vae=load_network("vae", AutoencoderKL, args, torch.float32))
+        for part in TEXT_ENCODERS:
+            getattr(pipeline, part).to(torch.float32)
         for part in (pipeline, pipeline.unet, pipeline.vae):
             part.register_to_config(_name_or_path=published(part.config["_name_or_path"]))
         pipeline.save_pretrained(args.output_dir)

@@ -110,9 +110,10 @@ def make_models(kind, script, args, device, dtype):
     """What the script's own functions make of the networks for training in `dtype`, with a tokenizer and no files."""
     makers, tokenizer = {"unet": make_unet, "vae": make_vae}, CLIPTokenizer.from_pretrained(TINY / "sd15/tokenizer")
 
-    def load_network(part, network_class, args, dtype):
+    def load_network(part, network_class, args, dtype=None):
         torch.manual_seed(0)  # the reference is the policy's start
-        return torch.nn.Module.to(makers[part](kind), dtype)
+        network = makers[part](kind)
+        return network.config if dtype is None else torch.nn.Module.to(network, dtype)
 
     def make_pipeline(unet, args, vae, **options):
         parts = {**dict.fromkeys(script.TOKENIZERS, tokenizer), "unet": unet, "vae": vae}
