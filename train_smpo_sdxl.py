@@ -352,7 +352,9 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import CheckpointException
 from tqdm.auto import tqdm
 
 import diffusers
@@ -1397,7 +1399,7 @@ def save_checkpoint(accelerator, progress, record, args):
             sync_to_disk(*partial.rglob("*"), partial)
             partial.rename(folder)
             sync_to_disk(folder.parent)
-    except Exception as error:  # for a full disk each library has a type of its own
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # of a full disk
         problem = f"--output_dir {args.output_dir}: {folder.name} cannot be written ({error})."
         raise UserError(f"{problem} {last_checkpoint(args)} Make room and resume.") from error
     if accelerator.is_main_process and args.checkpoints_total_limit is not None:

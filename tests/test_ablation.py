@@ -503,6 +503,9 @@ def test_tables_of_a_small_csv(tmp_path):
             scores = {"reward": 40.0 + seed + gain, "judge": -6.0 + 2 * gain, "accuracy": 0.5, "diversity": 0.2}
             row = {**about, "name": name, "seed": seed, "unet_calls": 100, **scores, "distance": 0.1}
             rows += [{**row, "step": step} for step in (4, 8)]
+    tuning = {"prompts": "tuning", "seed": 100}
+    rows.append({**rows[0], **tuning})
+    rows += [{**row, "part": "tune", **tuning} for row in rows if row.get("name") in ("forward_soft", "forward_hard")]
     append(tmp_path / "runs.csv", [*rows, rows[-1]], RUN_COLUMNS)  # two processes that met: the same again
     readme = tmp_path / "README.md"
     readme.write_text("<!-- ablation: runs -->\nold\n<!-- end of ablation -->\nnew")
@@ -518,6 +521,8 @@ def test_tables_of_a_small_csv(tmp_path):
     assert f"| +4.00 ± {2 * half:.2f} | {p:.3f} | {3 * p:.3f} | +8.00 " in forward
     assert f"forward (Diffusion-DPO), soft, over hard | +2.00 ± {half:.2f} | {p:.3f} | {p:.3f} | +4.00 " in text
     assert "last of 9 moves, soft, 4 steps, over forward (Diffusion-DPO), soft, 8 steps | -4.00 ± " in text
+    tuned = text.split("**Foreign pairs, so tuned, over hard labels**")[1].split("**")[0]
+    assert f"\n| forward (Diffusion-DPO), soft, over hard | +2.00 ± {half:.2f} |" in tuned and tuned.count("\n| ") == 2
     runs = make_tables.read_runs(tmp_path / "runs.csv")
     two_seeds = make_tables.calm_tables(runs[runs["seed"] < 2])
     assert "| +1.50 | +3.00 |" in two_seeds and not re.search("±|equal|over hard", two_seeds)
@@ -556,8 +561,11 @@ EQUAL = {"released_soft": (0, 0), "mixed_soft": (0, 0)}
 )
 def test_the_rule_for_the_default(foreign, own, num_seeds, decided):
     runs = pd.concat([calm_runs("foreign", foreign, num_seeds), calm_runs("own", own)])
-    last_line = f"**The default by the rule: {decided}.**" if decided else "**Not decided**"
-    assert make_tables.rule(runs).splitlines()[-1].startswith(last_line)
+    *_, last_line = lines = make_tables.rule(runs).splitlines()
+    assert last_line == f"**The default by the rule: {decided}.**" if decided else last_line[:15] == "**Not decided**"
+    if foreign.get("mixed_soft") == (4, 4):  # over the released code's 3, at every seed
+        interval = "+1.00 ± 0.00 in reward (p = 0.000), +1.00 ± 0.00 by the judge (p = 0.000)"
+        assert f"- {MIXED}, over {RELEASED}: {interval}" in lines
 
 
 def test_the_tables_of_the_readme_are_those_of_the_csvs():

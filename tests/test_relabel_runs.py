@@ -13,6 +13,7 @@ from contextlib import redirect_stderr, suppress
 
 import datasets
 import hub_server
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -237,10 +238,15 @@ def write_arrow(folder, table):
 
 
 def test_more_processes_than_pieces(server, shards, whole, tmp_path):
+    """Of a data set that is not Parquet, and then a part of it."""
     tables = [pq.read_table(path) for path in sorted(shards.parent.iterdir())]
-    args = flags_of(tmp_path / "labels.parquet", dataset_name=write_arrow(tmp_path, pa.concat_tables(tables)))
-    run_several(server, 2, args)
+    folder = write_arrow(tmp_path, pa.concat_tables(tables))
+    run_several(server, 2, flags_of(tmp_path / "labels.parquet", dataset_name=folder))
     assert_same_labels(tmp_path / "labels.parquet", whole, atol=1e-6)
+    relabel(dataset_name=folder, split="train[2:5]", output_path=tmp_path / "part.parquet")
+    part, rows = pq.read_table(tmp_path / "part.parquet"), pq.read_table(whole).slice(2, 3)
+    assert part["image_0_uid"] == rows["image_0_uid"]
+    np.testing.assert_allclose(part["score_0"], rows["score_0"], rtol=0, atol=1e-6)
 
 
 # A data set on the Hub
