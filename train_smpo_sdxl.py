@@ -91,6 +91,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 
@@ -857,15 +858,23 @@ def load_models(args, device, weight_dtype):
 
 
 def load_reference(args, device, weight_dtype):
-    """The frozen reference for full fine-tuning. Autocast rounds the policy's convolution and linear weights at every
-    use; the reference's are stored rounded, so that both start equal: beta would magnify a difference. Its outputs are
-    cast to fp32, as accelerate casts the policy's."""
-    ref_unet = load_network("unet", UNet2DConditionModel, args, torch.float32).requires_grad_(False)
-    for module in ref_unet.modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-            module.to(weight_dtype)
+    """The frozen reference for full fine-tuning. In half precision the policy's weights are rounded at every use; the
+    reference's are stored rounded, so that both start equal: beta would magnify a difference. Its outputs are cast to
+    fp32, as accelerate casts the policy's."""
+    ref_unet = load_network("unet", UNet2DConditionModel, args, weight_dtype).requires_grad_(False)
     ref_unet.forward = convert_outputs_to_fp32(ref_unet.forward)
     return ref_unet.to("cpu" if args.offload else device)
+
+
+def norm_without_autocast(norm, x):
+    """A group or layer norm of `x` in its precision. Autocast would have fp32 here and in what follows, though a GPU's
+    kernels compute norms in fp32 either way. It saves two fifths of what a step moves in memory beside its products,
+    and adds about a fifth to tau's error from half precision."""
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(norm, torch.nn.GroupNorm):
+            return torch.nn.functional.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+        return torch.nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def set_up_unets(accelerator, models, weight_dtype, args):
@@ -884,8 +893,15 @@ def set_up_unets(accelerator, models, weight_dtype, args):
         cast_training_params(unet, dtype=torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if weight_dtype != torch.float32 and not sharded and not args.use_8bit_adam:  # 8-bit AdamW undoes it
+    if weight_dtype == torch.float32:
+        return
+    for network in filter(None, (unet, models["ref_unet"])):
+        for module in network.modules():
+            if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+                module.forward = partial(norm_without_autocast, module)
+            elif hasattr(module, "lora_A"):
+                module.cast_input_dtype_enabled = False  # to fp32, which autocast undoes
+    if accelerator.distributed_type != DistributedType.FSDP and not args.use_8bit_adam:  # 8-bit AdamW undoes it
         for network in filter(None, (unet, models["ref_unet"], models["vae"])):
             network.to(memory_format=torch.channels_last)  # in which convolutions in half precision are fastest
 
@@ -1665,7 +1681,7 @@ def configure_engine(accelerator, args):
         plugin = accelerator.state.fsdp_plugin
         # Weights gathered for an inversion stay until the backward pass: processes make unlike numbers of moves.
         plugin.reshard_after_forward = False
-        # They are exchanged in fp32: autocast rounds them, all but the norms', as it does in the reference.
+        # They are exchanged in fp32 and rounded where they are used, as without it.
         plugin.mixed_precision_policy = None
         # With it transformers would load the text encoders, which are not sharded, in the first process alone.
         plugin.cpu_ram_efficient_loading = False

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -194,6 +195,43 @@ def test_in_bf16_a_weight_is_rounded_once_an_inversion_and_the_gradient_is_there
         gradients.append(pop_gradient(unet))
     # With a beta of 1 all pairs weigh alike; a hundred roundings by 2e-3 make an angle of 0.02, of cosine 0.9998.
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9
+
+
+@pytest.mark.parametrize("norm", [torch.nn.GroupNorm(2, 8), torch.nn.LayerNorm(8)], ids=["group", "layer"])
+def test_a_norm_without_autocast_is_a_norm_of_rounded_numbers(norm):
+    torch.manual_seed(0)
+    x, (_, bias) = torch.randn(4, 8, 8), map(torch.nn.init.normal_, norm.parameters())
+    assert torch.equal(train_smpo_sd15.norm_without_autocast(norm, x), norm(x))
+    x = x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = train_smpo_sd15.norm_without_autocast(norm, x)
+    y.float().sum().backward()
+    exact, bias = norm(x.float()), bias.abs().max()  # which is rounded, as are the weight and the result
+    assert y.dtype == torch.bfloat16 and ((y - exact).abs() <= 2**-7 * (exact.abs() + bias)).all()
+    assert (norm.bias.grad == 32).all() and norm.bias.grad.dtype == torch.float32
+
+
+def test_norms_without_autocast_keep_the_implied_noise(tmp_path, labels_path):
+    """Autocast of a GPU, here by hand, has norms in fp32. Without, tau's error grows by less than its own size."""
+    plain, pairs = make_run(train_smpo_sd15, tmp_path, None, labels_path=labels_path, inversion_batch_size=4)
+    half = replace(plain, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    norms = [m for m in plain.models["unet"].modules() if isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm))]
+
+    def tau_with(norm_forward, context):
+        for norm in norms:
+            norm.forward = partial(norm_forward, norm)
+        batch = train_smpo_sd15.collate_pairs([pairs[0, index] for index in range(4)])
+        return torch.cat([micro_batch.tau for micro_batch in train_smpo_sd15.invert_and_judge(batch, context)])
+
+    def in_float32(norm, x):
+        return type(norm).forward(norm, x.float())
+
+    exact = tau_with(in_float32, plain)
+    on_a_gpu, ours = (
+        (tau_with(forward, half) - exact).square().mean().sqrt()
+        for forward in (in_float32, train_smpo_sd15.norm_without_autocast)
+    )
+    assert 0 < ours < 2 * on_a_gpu
 
 
 def test_a_run_in_bf16_writes_what_any_loader_takes(tmp_path, labels_path):

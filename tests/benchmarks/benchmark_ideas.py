@@ -3,7 +3,8 @@
 
     python tests/benchmarks/benchmark_ideas.py sd15-full        # or another case of benchmark_training.py
 
-An idea is worth its lines if pairs/s grow by a tenth, while std(tau) stays within a rounding of the precision.
+An idea is worth its lines if pairs/s grow by a tenth, while std(tau) stays within a rounding of the precision. What
+the script does already is undone, to see what it brings.
 """
 
 import argparse
@@ -12,7 +13,12 @@ from unittest import mock
 
 import torch
 from benchmark_training import CASES, Run
-from peft.tuners.lora import LoraLayer
+from random_models import casts_of_autocast
+
+
+def autocast_alone(run):
+    """Norms in fp32, and what LoRA layers read, as autocast and peft have them."""
+    return casts_of_autocast(run.models)
 
 
 def contiguous(run):
@@ -27,35 +33,6 @@ def cudnn_benchmark(run):
     return torch.backends.cudnn.flags(enabled=True, benchmark=True)
 
 
-def half_inversion(run):
-    """The inversion's weights are rounded once and norms with them, without autocast."""
-    script, unet, invert = run.script, run.models["unet"], run.script.invert
-
-    def inverted(*inputs):
-        weights = {name: weight.to(run.dtype) for name, weight in unet.named_parameters() if weight.dtype != run.dtype}
-
-        def policy(x_t, t, **cond):
-            return torch.func.functional_call(unet, weights, (x_t.to(run.dtype), t), cond)
-
-        def predict_eps(_, x_t, t, cond, context):
-            return script.call_unet(policy, x_t, t, cond).float()
-
-        off = torch.autocast(run.state.device.type, enabled=False)
-        with mock.patch.object(script, "predict_eps", predict_eps), off:
-            return invert(*inputs)
-
-    return mock.patch.object(script, "invert", inverted)
-
-
-def lora_without_casts(run):
-    """peft does not take to fp32 what autocast takes back; norms are in fp32, as autocast wants them."""
-    for module in run.models["unet"].modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-            module.float()
-
-
 def compiled_blocks(run):
     """Transformer blocks compiled, in policy and reference."""
     for part in ("unet", "ref_unet"):
@@ -64,7 +41,7 @@ def compiled_blocks(run):
 
 
 BATCH_SIZE = 8  # pairs a micro-batch
-IDEAS = [None, half_inversion, lora_without_casts, contiguous, cudnn_benchmark, compiled_blocks]
+IDEAS = [None, autocast_alone, contiguous, cudnn_benchmark, compiled_blocks]
 
 
 def measure(idea, case, num_pairs):
@@ -90,8 +67,6 @@ def main(input_args=None):
     columns = ["pairs/s", "std(tau)", "GiB"]
     print(f"| {args.case} | {' | '.join(columns)} |\n" + "|---" * 4 + "|")
     for idea in IDEAS:
-        if idea is lora_without_casts and "lora" not in args.case:
-            continue
         if idea in (cudnn_benchmark, compiled_blocks) and not torch.cuda.is_available():
             continue
         try:

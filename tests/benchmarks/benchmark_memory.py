@@ -5,8 +5,8 @@
 
 It needs no memory and no GPU: the networks hold fake tensors, which have shapes and no data, and the script's own
 `invert_and_judge`, `training_step`, backward pass, clipping and optimiser run on them twice, while every storage that
-is alive is added up. Norms run in fp32 as CUDA's autocast has them. What it leaves out: the CUDA context, the work
-space of cuDNN and the allocator's rounding. `benchmark_training.py` measures memory on a GPU.
+is alive is added up. What it leaves out: the CUDA context, the work space of cuDNN and the allocator's rounding.
+`benchmark_training.py` measures memory on a GPU.
 """
 
 import argparse
@@ -78,17 +78,6 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def in_float32(norm):
-    """What CUDA's autocast does to group and layer norm and the CPU's does not: they take and give fp32."""
-
-    def norm_in_float32(*args, **kwargs):
-        if torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
-        return norm(*args, **kwargs)
-
-    return norm_in_float32
-
-
 def bytes_of(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -98,7 +87,7 @@ def count(kind, resolution, flags):
     bf16: a dict whose last item is the peak."""
     # One more UNet call without gradient takes time and no memory: two moves will do.
     script, args = parse(kind, resolution, "--train_batch_size", 1, "--num_inversion_steps", 2, *flags)
-    functional, live = torch.nn.functional, LiveBytes()
+    live = LiveBytes()
     models = make_models(kind, script, args, "meta", torch.bfloat16)
     networks = {name: model for name, model in models.items() if isinstance(model, torch.nn.Module)}
     frozen = [bytes_of(network.parameters()) for name, network in networks.items() if name != "unet"]
@@ -113,11 +102,7 @@ def count(kind, resolution, flags):
         alpha_bar = torch.linspace(0.999, 0.005, 1000)
         context = script.Context(models, alpha_bar, "epsilon", lambda: torch.autocast("cpu", torch.bfloat16), args)
         live.peak = 0
-        with (
-            mock.patch.object(script, "offload_models", live.moved_in),
-            mock.patch.object(functional, "group_norm", in_float32(functional.group_norm)),
-            mock.patch.object(functional, "layer_norm", in_float32(functional.layer_norm)),
-        ):
+        with mock.patch.object(script, "offload_models", live.moved_in):
             for _ in range(2):
                 for _ in range(2):  # the second batch is inverted while there are gradients of the first
                     batch = make_batch(script, args, [999] * batch_size)

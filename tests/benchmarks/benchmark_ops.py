@@ -29,7 +29,7 @@ from unittest import mock
 
 import torch
 from accelerate import Accelerator
-from random_models import PIXELS, make_batch, make_models, parse
+from random_models import PIXELS, casts_of_autocast, make_batch, make_models, parse
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -87,9 +87,10 @@ class CudaAutocast(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(function, "__name__", "")
-        if not torch.is_autocast_enabled("cpu"):
+        torch.autocast_increment_nesting()
+        if not torch.autocast_decrement_nesting():  # how deep it is nested, switched on or off
             self.rounded.clear()
-        elif name in self.half or name in self.float32:
+        if torch.is_autocast_enabled("cpu") and name in self.half | self.float32:
             dtype = torch.get_autocast_dtype("cpu") if name in self.half else torch.float32
             args, kwargs = tree_map_only(torch.Tensor, lambda tensor: self.cast(tensor, dtype), (args, kwargs))
         if name == "scaled_dot_product_attention" and args[0].is_meta:
@@ -164,7 +165,7 @@ def bytes_of(tensor):
     return torch.Size(sizes).numel() * tensor.element_size()
 
 
-def count(kind, resolution, flags, pairs=PAIRS):
+def count(kind, resolution, flags, pairs=PAIRS, autocast_alone=False):
     """`{phase: Counter}` of an optimiser step of so many pairs, for each pair."""
     script, args = parse(kind, resolution, *flags)
     args.gradient_accumulation_steps = pairs // args.train_batch_size
@@ -172,12 +173,16 @@ def count(kind, resolution, flags, pairs=PAIRS):
     parameters = [parameter for parameter in models["unet"].parameters() if parameter.requires_grad]
     batches = iter([make_batch(script, args, [(2 * i + 1) * 1000 // (2 * pairs) for i in range(pairs)])])
     alpha_bar = torch.linspace(0.999, 0.005, 1000, device="meta")
-    context = script.Context(models, alpha_bar, "epsilon", lambda: torch.autocast("cpu", torch.bfloat16), args)
+    context = script.Context(models, alpha_bar, "epsilon", lambda: autocast("cpu", torch.bfloat16), args)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=args.gradient_accumulation_steps)
     operations = Operations(parameters)
     phases = {"encode_images": "VAE", "encode_prompts": "text", "invert": "inversion", "invert_and_judge": "reference"}
     phases["training_step"] = "policy"
+    autocast = torch.autocast  # which knows no device "meta"
     with ExitStack() as stack:
+        if autocast_alone:
+            stack.enter_context(casts_of_autocast(models))
+        stack.enter_context(mock.patch("torch.autocast", lambda _, **options: autocast("cpu", **options)))
         for supported in SUPPORTED:
             stack.enter_context(mock.patch(supported, lambda: ["meta"]))
         for name, phase in phases.items():
@@ -202,13 +207,13 @@ def count(kind, resolution, flags, pairs=PAIRS):
     return operations.counts
 
 
-def by_batch_size(kind, flags):
+def by_batch_size(kind, flags, autocast_alone):
     """For each number of pairs a micro-batch, `{phase: Counter}` for each pair."""
-    whole = count(kind, PIXELS[kind], [*flags, "--train_batch_size", PAIRS])
+    whole = count(kind, PIXELS[kind], [*flags, "--train_batch_size", PAIRS], PAIRS, autocast_alone)
     for size in BATCH_SIZES:
         # Pairs are inverted together whatever the micro-batch is, and micro-batches are alike: one will do.
         one = ["--noising", "ddim", "--num_inversion_steps", 1, "--train_batch_size", size]
-        alone = whole if size == PAIRS else count(kind, PIXELS[kind], [*flags, *one], pairs=size)
+        alone = whole if size == PAIRS else count(kind, PIXELS[kind], [*flags, *one], size, autocast_alone)
         copies = {"copies": whole["reference"]["copies"]}
         counts = {**whole, "policy": alone["policy"], "reference": Counter({**alone["reference"], **copies})}
         yield size, {**counts, "all": sum(counts.values(), Counter())}
@@ -217,10 +222,11 @@ def by_batch_size(kind, flags):
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--autocast_alone", action="store_true", help="Norms, and what LoRA layers read, in fp32.")
     args = parser.parse_args(input_args)
     print(f"| a pair of | pairs a micro-batch | phase | {' | '.join(COLUMNS)} |\n" + "|---" * 8 + "|")
     for case in args.cases:
-        for size, counts in by_batch_size(*CASES[case]):
+        for size, counts in by_batch_size(*CASES[case], args.autocast_alone):
             for phase in [*PHASES, "all"]:
                 numbers = [counts[phase][name] for name in COLUMNS]
                 cells = [f"{number:,.0f}" if number >= 10 or not number else f"{number:.2f}" for number in numbers]

@@ -8,8 +8,8 @@ For every case and micro-batch size it runs the script's own data loading, `inve
 backward pass and optimiser with the paper's inversion, in bf16 on a GPU and in fp32 on a CPU, and prints a row. The
 other rows are the same work done otherwise:
 
-* the authors' recipe: `--noising released`, one pair at a time, every weight rounded at every call, AdamW parameter by
-  parameter, a number read back after every pair;
+* the authors' recipe: `--noising released`, one pair at a time, autocast's own casts, every weight rounded at every
+  call, AdamW parameter by parameter, a number read back after every pair;
 * the script with its micro-batches inverted one by one;
 * Diffusion-DPO, which inverts nothing.
 
@@ -22,6 +22,7 @@ large product in the same precision reaches here; TFLOP are counted by PyTorch, 
 import argparse
 import itertools
 import time
+from contextlib import nullcontext
 from statistics import median
 from unittest import mock
 
@@ -31,7 +32,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from benchmark_relabel import make_photo
-from random_models import make_models, parse
+from random_models import casts_of_autocast, make_models, parse
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusers
@@ -214,7 +215,8 @@ def main(input_args=None):
             run = run or Run(case, dtype)
             row = {"case": case, "how": how, "pairs a micro-batch": size}
             try:
-                row |= run.time(size, num_pairs, **options)
+                with casts_of_autocast(run.models) if options.get("released") else nullcontext():
+                    row |= run.time(size, num_pairs, **options)
                 throughput = row["pairs/s"] * row["UNet forwards a pair"]
                 released = released or throughput
                 row |= {"ratio": throughput / released, "of the matrix rate": row["TFLOP/s"] * 1e12 / rate}

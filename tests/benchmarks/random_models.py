@@ -9,7 +9,10 @@ VAE and text encoder.
 
 import argparse
 import importlib
+import itertools
 import sys
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -128,6 +131,20 @@ def make_models(kind, script, args, device, dtype):
         models = script.load_models(args, device, dtype)
         script.set_up_unets(SimpleNamespace(device=device, distributed_type="NO"), models, dtype, args)
     return models
+
+
+@contextmanager
+def casts_of_autocast(models):
+    """Norms read and write fp32 wherever autocast has them do so, and LoRA layers read it, as without the script's own
+    `norm_without_autocast`."""
+    networks = filter(None, (models["unet"], models["ref_unet"]))
+    with ExitStack() as stack:
+        for module in itertools.chain.from_iterable(network.modules() for network in networks):
+            if "forward" in vars(module) and isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+                stack.enter_context(mock.patch.object(module, "forward", partial(type(module).forward, module)))
+            elif hasattr(module, "lora_A"):
+                stack.enter_context(mock.patch.object(module, "cast_input_dtype_enabled", True))
+        yield
 
 
 def make_batch(script, args, timesteps):
