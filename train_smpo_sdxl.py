@@ -91,8 +91,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
+from types import MethodType
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -898,7 +898,7 @@ def set_up_unets(accelerator, models, weight_dtype, args):
     for network in filter(None, (unet, models["ref_unet"])):
         for module in network.modules():
             if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-                module.forward = partial(norm_without_autocast, module)
+                module.forward = MethodType(norm_without_autocast, module)
             elif hasattr(module, "lora_A"):
                 module.cast_input_dtype_enabled = False  # to fp32, which autocast undoes
     if accelerator.distributed_type != DistributedType.FSDP and not args.use_8bit_adam:  # 8-bit AdamW undoes it

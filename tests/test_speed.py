@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -219,7 +219,7 @@ def test_norms_without_autocast_keep_the_implied_noise(tmp_path, labels_path):
 
     def tau_with(norm_forward, context):
         for norm in norms:
-            norm.forward = partial(norm_forward, norm)
+            norm.forward = MethodType(norm_forward, norm)
         batch = train_smpo_sd15.collate_pairs([pairs[0, index] for index in range(4)])
         return torch.cat([micro_batch.tau for micro_batch in train_smpo_sd15.invert_and_judge(batch, context)])
 

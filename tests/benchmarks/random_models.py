@@ -12,9 +12,8 @@ import importlib
 import itertools
 import sys
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from unittest import mock
 
 import pyarrow.parquet as pq
@@ -141,7 +140,7 @@ def casts_of_autocast(models):
     with ExitStack() as stack:
         for module in itertools.chain.from_iterable(network.modules() for network in networks):
             if "forward" in vars(module) and isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-                stack.enter_context(mock.patch.object(module, "forward", partial(type(module).forward, module)))
+                stack.enter_context(mock.patch.object(module, "forward", MethodType(type(module).forward, module)))
             elif hasattr(module, "lora_A"):
                 stack.enter_context(mock.patch.object(module, "cast_input_dtype_enabled", True))
         yield
