@@ -813,7 +813,13 @@ def score_together(prefix, pieces, wanted, captions, shards, source, folder, arg
     if not all(path.exists() for path in mine.values()):
         scorer = load_reward(source, state.device, args.dtype)
         score_as_fits = find_executable_batch_size(score_pieces, args.batch_size)
-        score_as_fits(mine, wanted, captions, shards, scorer, args)
+        try:
+            score_as_fits(mine, wanted, captions, shards, scorer, args)
+        except RuntimeError as error:
+            if "executable batch size" not in str(error):  # which accelerate says when none fits
+                raise
+            problem = f"--reward_model {args.reward_model} has too little memory on {state.device} for one pair"
+            raise UserError(f"{problem}: free some, or use a smaller model.") from error
     state.wait_for_everyone()
     missing = [shards.files[piece.shard] for piece, path in paths.items() if not path.exists()]
     if missing:

@@ -156,16 +156,19 @@ def test_each_image_is_scored_once(few, embedded, tmp_path):
 
 def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
     """With real failures to allocate memory; and another error is not taken for one."""
-    embed_images = relabel_pickapic.embed_images
+    embed_images, most = relabel_pickapic.embed_images, 10
 
     def allocate(model, pixels):
-        torch.empty(2**50 if len(pixels) > 10 else 1, dtype=torch.uint8)
+        torch.empty(2**50 if len(pixels) > most else 1, dtype=torch.uint8)
         return embed_images(model, pixels)
 
     monkeypatch.setattr(relabel_pickapic, "embed_images", allocate)
     relabel(output_path=tmp_path / "labels.parquet", batch_size=8, **few.flags)
     assert 5 < max(map(len, embedded["embed_images"])) <= 10
     assert_same_labels(tmp_path / "labels.parquet", few.labels, atol=1e-6)
+    most = 0
+    with pytest.raises(UserError, match="--reward_model .* has too little memory on cpu for one pair: free some"):
+        relabel(output_path=tmp_path / "none.parquet", **few.flags)
     monkeypatch.setattr(relabel_pickapic, "embed_images", lambda *args: (_ for _ in ()).throw(RuntimeError("another")))
     with pytest.raises(RuntimeError, match="another"):
         relabel(output_path=tmp_path / "labels-2.parquet", **few.flags)
