@@ -633,7 +633,7 @@ def invert_and_judge(batch, context):
         def predict_noise(x, t, rows):
             return predict_eps(models["unet"], x, t, {key: value[rows] for key, value in cond.items()}, context)
 
-        with context.autocast():  # which rounds each weight once within its outermost context
+        with context.autocast():  # which rounds a product's weights once within its outermost context
             x_t = invert(predict_noise, x_0, t, alpha_bar, args.num_inversion_steps, args.noising, args.renoise_at)
     tau = implied_noise(x_0, x_t, alpha_bar[t_device])
 
@@ -855,7 +855,7 @@ def load_reference(args, device, weight_dtype):
 def norm_without_autocast(norm, x):
     """A group or layer norm of `x` in its precision. Autocast would have fp32 here and in what follows, though a GPU's
     kernels compute norms in fp32 either way. It saves two fifths of what a step moves in memory beside its products,
-    and adds about a fifth to tau's error from half precision."""
+    and adds about a sixth to tau's error from half precision."""
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(norm, torch.nn.GroupNorm):
