@@ -418,6 +418,8 @@ def read_prompts(path, column):
         elif suffix in (".csv", ".tsv"):
             separator = "\t" if suffix == ".tsv" else ","
             table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, **utf8)
+            if not isinstance(table.index, pd.RangeIndex):  # pandas would shift the cells
+                raise ValueError(f"a line has more cells than the first: quote texts that hold {separator!r}")
         else:
             table = pd.read_json(path, lines=suffix == ".jsonl", dtype=False, **utf8).rename(columns={0: column})
         if column not in table:
@@ -590,7 +592,8 @@ def draw_images(jobs, sources, args):
         images = pipeline([job.prompt for job in batch], generator=generators, **options).images
         for job, image in zip(batch, images):
             if not image.getbbox():
-                print(f"{job.image} is all black: the model is broken, or overflows in {args.dtype}.")
+                problem = f"{job.image} is all black: {name} is broken, or overflows in {args.dtype}"
+                raise UserError(f"{problem}: give another --dtype, or a model that is whole.")
             write_whole(folder / job.image, lambda file: image.save(file, "png"))
 
 
@@ -1018,7 +1021,7 @@ figure { display: inline-block; margin: 4px } img { display: block; width: 192px
 <p><input id="text" placeholder="words of the prompt or group">
 <select id="order"><option value="">as given
 {% for name in names %}<option value="{{ loop.index0 }}">by gain of {{ name }}{% endfor %}</select>
-<span id="count"></span> prompts; ★ has the highest score at the seed</p>
+<span id="count"></span> prompts; ★ has the highest score of the {{ rivals[-1] }}</p>
 <main>{% for prompt, images in of_prompt %}
 <section data-gains="{{ gains[prompt] | tojson }}"><p>{{ prompt }} <i>{{ images.iloc[0].group or "" }}</i></p>
 {% for image in images.itertuples() %}<figure>
@@ -1041,11 +1044,12 @@ document.oninput()
 
 def write_gallery(table, gains, rewards, args):
     """Writes gallery.html: every prompt with its images, seed by seed, and their scores, to be sorted and filtered."""
-    stars = table[rewards] == table.groupby(["prompt", "seed"])[rewards].transform("max")
+    rivals = ["prompt", "seed"] if table["model"].nunique() > 1 else ["prompt"]
+    stars = table[rewards] == table.groupby(rivals)[rewards].transform("max")
     texts = table[rewards].map(" {:.3f}".format) + stars.replace({True: " ★", False: ""})
     shown = table.assign(scores=[[name + text for name, text in zip(rewards, row)] for row in texts.to_numpy()])
     of_prompt = shown.sort_values("seed", kind="stable").groupby("prompt", sort=False)
-    data = {"names": gains.columns, "gains": gains.T.to_dict("list"), "of_prompt": of_prompt}
+    data = {"names": gains.columns, "gains": gains.T.to_dict("list"), "of_prompt": of_prompt, "rivals": rivals}
     page = jinja2.Template(GALLERY, autoescape=True).render(data)
     save_text(Path(args.output_dir) / "gallery.html", page)
 
@@ -1120,8 +1124,8 @@ def read_votes(jobs, args):
                 tuned, base, won = (right, left, 1 - won) if left.model == "base" else (left, right, won)
                 # Once a voter: two files may be of one, the later with all that the earlier has.
                 votes[vote.get("voter", path), tuned, base] = (tuned.image, base.image, tuned.model, tuned.prompt, won)
-            if not votes:
-                raise ValueError("it has no votes")
+    if args.votes and not votes:
+        raise UserError(f"--votes {' '.join(args.votes)}: there are no votes in it.")
     return pd.DataFrame(votes.values(), columns=["image", "base_image", "model", "prompt", "won"])
 
 

@@ -172,19 +172,22 @@ def parse_args(input_args=None):
     add("--hub_dataset_id", help="Repository to upload to. Default: the name of --output_path.")
     add("--hub_public", action="store_true", help="Make a new repository public, not private.")
 
-    return resolve(parser.parse_args(input_args))
+    return resolve(parser.parse_args(input_args), parser.get_default)
 
 
-def resolve(args):
+def resolve(args, get_default):
     """Checks what no type does, and counts the workers; raises `UserError` with a line for each problem."""
     (low, high), problems = args.score_range or (0, 1), []
     if not args.output_path.endswith(".parquet"):
         problems.append(f"--output_path must end in .parquet, got {args.output_path}.")
     if low >= high:
         problems.append(f"--score_range must be a MIN and a larger MAX, got {low} {high}.")
-    if args.pairs_from and (args.score_range or args.streaming or args.push_to_hub):
-        does_nothing = "--score_range, --streaming and --push_to_hub do nothing with --pairs_from"
-        problems.append(f"{does_nothing}: label what it writes.")
+    given = {f"--{name}" for name, value in vars(args).items() if value != get_default(name)}
+    if args.pairs_from and (unused := given - {"--pairs_from", "--output_path"}):
+        problems.append(f"{', '.join(sorted(unused))} can do nothing with --pairs_from: label what it writes.")
+    data, labels = Path(args.dataset_name or " ").resolve(), Path(args.output_path).resolve()
+    if labels.match(str(data)) or (data.is_dir() and data in labels.parents):
+        problems.append(f"--output_path {args.output_path} would lie among the data of --dataset_name: name another.")
     if (args.hub_dataset_id or args.hub_public) and not args.push_to_hub:
         problems.append("--hub_dataset_id and --hub_public do nothing without --push_to_hub.")
     if len(args.key_columns) not in (2, 3):
@@ -334,7 +337,7 @@ class ParquetShards:
         with ThreadPoolExecutor(NUM_READERS) as pool:
             schemas, self.row_groups, self.sizes = zip(*pool.map(footer, files))
         shared = [field for field in schemas[0] if all(field.name in schema.names for schema in schemas)]
-        self.files, self.schema = files, pa.schema(shared, schemas[0].metadata)
+        self.files, self.schemas, self.schema = files, schemas, pa.schema(shared, schemas[0].metadata)
 
     def open(self, path):
         """The file, of which some pages of each column that is read are held at a time."""
@@ -363,7 +366,8 @@ class ParquetShards:
 
         with ThreadPoolExecutor(NUM_READERS) as pool:
             tables = tqdm(pool.map(read, self.files), total=len(self.files), desc="Keys", unit="file")
-            return pa.concat_tables(tables, promote_options="permissive")
+            with explain_errors("dataset_name", "of several files", "files whose columns have the same types"):
+                return pa.concat_tables(tables, promote_options="permissive")
 
 
 def open_data(args):
@@ -400,12 +404,13 @@ def open_data(args):
     shards = ParquetShards(files)
     if not any(itertools.chain(*shards.row_groups)):
         raise UserError(f"--dataset_name {name} has no rows in the split {split}.")
-    check_columns(shards.schema, args)
+    for file, schema in zip(files, shards.schemas):
+        check_columns(file, schema, args)
     return shards, commit
 
 
-def check_columns(schema, args):
-    """Raises `UserError` with all columns that are missing, or of a wrong type."""
+def check_columns(file, schema, args):
+    """Raises `UserError` with all columns of a file that are missing, or of a wrong type."""
     text, number = "(large_)?string", r"u?int\d+|float|double"
     image = "(large_)?binary|struct<(bytes: .*path: .*|path: .*bytes: .*)>"
     accepted = {
@@ -423,7 +428,7 @@ def check_columns(schema, args):
             elif kind is not None and not re.fullmatch(types, kind):
                 problems.append(f"--{flag} {name} holds {kind}, not {what}.")
     if problems:
-        raise UserError("\n".join([*problems, f"Name the right ones: the data set has {', '.join(schema.names)}."]))
+        raise UserError("\n".join([*problems, f"Name the right ones: {file} has {', '.join(schema.names)}."]))
 
 
 # ---- Reward models: published ones and any CLIP-style model, on transformers' own classes ---------------------------
@@ -811,13 +816,13 @@ def score_together(prefix, pieces, wanted, captions, shards, source, folder, arg
     paths = {piece: folder / f"{prefix}-{piece.start:09d}.parquet" for piece in pieces}
     mine = {piece: paths[piece] for piece in pieces[state.process_index :: state.num_processes]}
     if not all(path.exists() for path in mine.values()):
-        scorer = load_reward(source, state.device, args.dtype)
         score_as_fits = find_executable_batch_size(score_pieces, args.batch_size)
         try:
+            scorer = load_reward(source, state.device, args.dtype)
             score_as_fits(mine, wanted, captions, shards, scorer, args)
         except RuntimeError as error:
-            if "executable batch size" not in str(error):  # which accelerate says when none fits
-                raise
+            if not isinstance(error, torch.OutOfMemoryError) and "executable batch size" not in str(error):
+                raise  # which accelerate says when none fits
             problem = f"--reward_model {args.reward_model} has too little memory on {state.device} for one pair"
             raise UserError(f"{problem}: free some, or use a smaller model.") from error
     state.wait_for_everyone()
@@ -1033,6 +1038,8 @@ def write_own_pairs(folder, path):
         captions = {name: text.read_text("utf-8-sig") for name, text in texts.items() if text.exists()}
         if (folder / "metadata.csv").exists():
             table = pd.read_csv(folder / "metadata.csv", dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            if not isinstance(table.index, pd.RangeIndex):  # pandas would shift the cells
+                raise ValueError("a line of metadata.csv has more cells than the first: quote texts that hold ','")
             captions |= dict(table[["file_name", "caption"]].values)
     captions = {name: caption.strip() for name, caption in captions.items()}
     alone = preferred.keys() ^ rejected.keys()

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import ROOT, TINY, assert_same_labels, encoded, names_in, relabel, train, write_pairs
+from conftest import ROOT, TINY, assert_same_labels, encoded, names_in, relabel, train, with_column, write_pairs
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
@@ -169,6 +169,11 @@ def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
     most = 0
     with pytest.raises(UserError, match="--reward_model .* has too little memory on cpu for one pair: free some"):
         relabel(output_path=tmp_path / "none.parquet", **few.flags)
+    small = torch.OutOfMemoryError("of the card")
+    monkeypatch.setattr(relabel_pickapic, "load_reward", lambda *args: (_ for _ in ()).throw(small))
+    with pytest.raises(UserError, match="--reward_model .* has too little memory on cpu for one pair: free some"):
+        relabel(output_path=tmp_path / "none.parquet", **few.flags)
+    monkeypatch.undo()
     monkeypatch.setattr(relabel_pickapic, "embed_images", lambda *args: (_ for _ in ()).throw(RuntimeError("another")))
     with pytest.raises(RuntimeError, match="another"):
         relabel(output_path=tmp_path / "labels-2.parquet", **few.flags)
@@ -179,11 +184,19 @@ def test_batches_shrink_until_they_fit(few, embedded, tmp_path, monkeypatch):
     [
         ({"score_range": [0.3, 0.1]}, "--score_range must be a MIN and a larger MAX, got 0.3 0.1"),
         ({"output_path": "labels.csv"}, "must end in .parquet"),
-        ({"caption_column": "prompt"}, "(?s)--caption_column prompt: there is no such column.*data set has .*caption"),
+        (
+            {"caption_column": "prompt"},
+            "(?s)--caption_column prompt: there is no such column.*train.parquet has .*caption",
+        ),
         ({"key_columns": ["uid"]}, "--key_columns takes two or three columns, got uid"),
         ({"dataset_name": "no/such/set"}, "(?s)--dataset_name no/such/set .* cannot be loaded.*Accepted: a Hub name"),
         ({"hub_public": True}, "--hub_dataset_id and --hub_public do nothing without --push_to_hub"),
-        ({"dataset_name": None, "pairs_from": "x", "push_to_hub": True}, "do nothing with --pairs_from: label what"),
+        (
+            {"dataset_name": None, "pairs_from": "x", "push_to_hub": True},
+            "--push_to_hub, --reward_model can do nothing",
+        ),
+        ({"output_path": TINY / "pairs" / "labels.parquet"}, "labels.parquet would lie among the data of --dat"),
+        ({"output_path": TINY / "x.parquet", "dataset_name": TINY / "*.parquet"}, "would lie among the data of"),
         ({"reward_model": "~/no/lr=1e-5/model"}, "--reward_model /.*/no/lr=1e-5/model cannot be loaded"),
         ({"reward_model": "mine=no/model"}, "--reward_model no/model cannot be loaded"),
         ({"reward_model": TINY / "sd15" / "text_encoder"}, "is a .*, not a CLIP-style model"),
@@ -341,6 +354,18 @@ def test_one_uid_with_other_bytes_is_another_image(tmp_path):
         assert next(scores) == pytest.approx(next(scores), abs=1e-6)
     assert [row["valid"] for row in rows["shared"]] == [i != 1 for i in range(12)]
     assert rows["shared"][5]["score_0"] == rows["shared"][9]["score_0"]
+
+
+@pytest.mark.parametrize("column, message", [
+    ("ranking_id", "of several files cannot be loaded: .*ranking_id has incompatible types: int64 vs string"),
+    ("jpg_1", "--image_columns jpg_1 holds string, not encoded images.\nName the right ones: .*/b.parquet has are_different"),
+])  # fmt: skip
+def test_files_of_other_types_are_named(column, message, tmp_path):
+    table = pq.read_table(TINY / "pairs" / "train.parquet").slice(0, 2)
+    pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(with_column(table, column, pa.array(["x", "y"])), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=message):
+        relabel(dataset_name=tmp_path / "*.parquet", output_path=tmp_path / "out" / "labels.parquet")
 
 
 # What is written
