@@ -264,6 +264,7 @@ NEEDS = [
     ("hub_public", "--push_to_hub", lambda args: args.push_to_hub),
     ("renoise_at", "--noising renoise", lambda args: args.noising == "renoise"),
     ("num_inversion_steps", "another --noising than forward", lambda args: args.noising != "forward"),
+    ("dataloader_num_workers", "data that are copied", lambda args: args.validation_split or not args.streaming),
     ("use_8bit_adam", "--optimizer adamw", lambda args: args.optimizer == "adamw"),
     ("lr_warmup_steps", "another --lr_scheduler than constant", lambda args: args.lr_scheduler != "constant"),
 ]
@@ -381,6 +382,7 @@ VAE_MAY_OVERFLOW = True  # in half precision, where its configuration says `forc
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would also start Ghostscript for PostScript
 MAX_PIXELS, MAX_ASPECT = 50_000_000, 100  # of an image; a small file can hold more than memory does
+FETCHED = {"local_files_only": True}  # of a pipeline: `load_models` has, and the Hub may not answer
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 KOHYA_LORA_FILE = "pytorch_lora_weights_kohya.safetensors"  # for ComfyUI and A1111
 MIXED_ROW_GROUPS, STREAM_ROWS, READ_AHEAD = 16, 16, 32  # of streamed data: in turns, rows at a time, pairs in advance
@@ -810,6 +812,8 @@ def check_models(args):
             raise ValueError(f"its UNet has addition_embed_type {embeds}")
         if unet.get("time_cond_proj_dim") is not None:
             raise ValueError("its UNet takes the guidance scale as an input, as a latent consistency model does")
+        if unet.get("class_embed_type") or unet.get("num_class_embeds") or unet.get("encoder_hid_dim_type"):
+            raise ValueError("its UNet takes more than a prompt, a class or an image")
         if channels != vae_channels:
             raise ValueError(f"its UNet takes {channels} channels and the VAE has {vae_channels}, as for inpainting")
 
@@ -845,8 +849,10 @@ def load_models(args, device, weight_dtype):
     upcast = VAE_MAY_OVERFLOW and load_network("vae", AutoencoderKL, args).get("force_upcast", True)
     unet = load_network("unet", UNet2DConditionModel, args, torch.float32 if args.rank is None else weight_dtype)
     vae = load_network("vae", AutoencoderKL, args, torch.float32 if upcast else weight_dtype)
+    options = PIPELINE_OPTIONS if args.rank else {}  # a whole pipeline is written with all its parts: are they there?
     with explain_errors("pretrained_model_name_or_path", args.pretrained_model_name_or_path):
-        models = make_pipeline(unet.to(device), args, vae=vae, **PIPELINE_OPTIONS).components
+        models = make_pipeline(unet.to(device), args, vae=vae, **options).components
+        models.pop("safety_checker", None)
         for part in TOKENIZERS:
             if len(models[part]) <= 2:  # start and end of a text: transformers makes it up where the files are missing
                 raise ValueError(f"its {part} has no vocabulary")
@@ -1021,6 +1027,7 @@ class Pairs(torch.utils.data.Dataset):
     rows: np.ndarray  # of `data`, int64 [K]
     soft_labels_0: np.ndarray  # P(image 0 is preferred), float32 [K]
     keys: pd.DataFrame  # of the pairs, [K, 2 or 3]
+    hashes: np.ndarray  # of caption and keys, uint64 [K]
     num_train_timesteps: int
     args: argparse.Namespace
 
@@ -1052,8 +1059,8 @@ class Pairs(torch.utils.data.Dataset):
 
     def subset(self, chosen):
         """The pairs of a mask or of indices `[K]`."""
-        rows, soft_labels_0, keys = self.rows[chosen], self.soft_labels_0[chosen], self.keys.iloc[chosen]
-        return replace(self, rows=rows, soft_labels_0=soft_labels_0, keys=keys)
+        arrays = {name: getattr(self, name)[chosen] for name in ("rows", "soft_labels_0", "hashes")}
+        return replace(self, keys=self.keys.iloc[chosen], **arrays)
 
 
 def select_pairs(data, num_train_timesteps, args):
@@ -1103,8 +1110,10 @@ def select_pairs(data, num_train_timesteps, args):
     )
     if not len(rows):
         raise UserError(f"No pair of --dataset_name {args.dataset_name} is left to train on, see the counts above.")
-    data = data.select_columns(list(dict.fromkeys([*args.image_columns, args.caption_column, *key_columns])))
-    return Pairs(data, rows, labels[rows], table[key_columns].iloc[rows], num_train_timesteps, args)
+    texts = [args.caption_column, *key_columns]
+    data = data.select_columns(list(dict.fromkeys([*args.image_columns, *texts])))
+    hashes = pd.util.hash_pandas_object(table[texts].iloc[rows].astype(str), index=False).to_numpy()
+    return Pairs(data, rows, labels[rows], table[key_columns].iloc[rows], hashes, num_train_timesteps, args)
 
 
 def hold_out(pairs, args):
@@ -1415,6 +1424,8 @@ def save_checkpoint(accelerator, progress, record, args):
             sync_to_disk(*partial.rglob("*"), partial)
             partial.rename(folder)
             sync_to_disk(folder.parent)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # of a full disk
         problem = f"--output_dir {args.output_dir}: {folder.name} cannot be written ({error})."
         raise UserError(f"{problem} {last_checkpoint(args)} Make room and resume.") from error
@@ -1434,7 +1445,7 @@ def last_checkpoint(args):
 def record_of_run(accelerator, pairs, args):
     """What a run is, for `RECORD_FILE`: its flags, its data, the machine's part in it, and versions."""
     packages = (torch, diffusers, transformers, accelerate, datasets, peft)
-    data = pairs.rows.tobytes() + pairs.soft_labels_0.tobytes()
+    data = pairs.rows.tobytes() + pairs.soft_labels_0.tobytes() + pairs.hashes.tobytes()
     return {
         "args": vars(args),
         "run": {
@@ -1459,7 +1470,7 @@ def require_same_run(record, args):
     then, now = ({**{f"--{name}": r["args"].get(name) for name in kept}, **r["run"]} for r in (saved, record))
     changes = [f"{key}: {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]]
     if changes:
-        hint = "Give what it was started with (pairs also depend on --labels_path, --max_train_samples and"
+        hint = "Give what it was started with (pairs depend on --dataset_name, --labels_path, --max_train_samples and"
         hint += " --validation_split), or start a run in another --output_dir."
         raise UserError("\n".join([f"--resume_from_checkpoint {path.parent} is of another run:", *changes, hint]))
     record["wandb_id"], record["progress"] = saved["wandb_id"], saved["progress"]
@@ -1509,7 +1520,7 @@ def draw_validation(accelerator, unet, context):
     The processes share the prompts. With padding each draws as many, as under FSDP all have to call the UNet."""
     models, args, device, drawn = context.models, context.args, accelerator.device, []
     parts = {part: models[part] for part in ["vae", *TOKENIZERS, *TEXT_ENCODERS]}
-    pipeline = make_pipeline(accelerator.unwrap_model(unet), args, **parts, **PIPELINE_OPTIONS)
+    pipeline = make_pipeline(accelerator.unwrap_model(unet), args, **parts, **PIPELINE_OPTIONS, **FETCHED)
     vae, seeds = models["vae"], range(args.seed, args.seed + args.num_validation_images)
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     options["num_inference_steps"] = args.validation_inference_steps
@@ -1581,6 +1592,8 @@ def save_model_card(args, step):
     lora, base = args.rank is not None, published(args.pretrained_model_name_or_path)
     ours = args.hub_model_id or Path(args.output_dir).resolve().name
     load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{base if lora else ours}")'
+    unet = args.pretrained_unet_model_name_or_path if lora else None
+    load += f'\npipeline.unet = UNet2DConditionModel.from_pretrained("{published(unet)}")' if unet else ""
     load += f'\npipeline.load_lora_weights("{ours}")' if lora else ""
     recipe = {name: published(getattr(args, name)) for name in SAME_RUN if getattr(args, name) is not None}
     prompts = "; ".join(html.escape(prompt) for prompt in args.validation_prompts or [])
@@ -1588,7 +1601,7 @@ def save_model_card(args, step):
         f"# SmPO-Diffusion {'LoRA' if lora else 'fine-tuning'} of {base}",
         "Trained on preference pairs with [SmPO-Diffusion](https://arxiv.org/abs/2506.02698) (Smoothed Preference"
         f" Optimization via ReNoise Inversion, ICML 2025), on `{published(args.dataset_name)}`.",
-        f"```python\nfrom diffusers import {PIPELINE.__name__}\n\n{load}\n```",
+        f"```python\nfrom diffusers import {PIPELINE.__name__}{', UNet2DConditionModel' * bool(unet)}\n\n{load}\n```",
         f"![base, tuned](validation/step-{step}.png)\n\nBase left of tuned, a row a prompt: {prompts}\n"
         * bool(prompts),
         "## Recipe\n",
@@ -1619,7 +1632,8 @@ def save_final(unet, step, args):
         save_lora(unet, args.output_dir)
     else:
         unet.save_pretrained(Path(args.output_dir) / "unet")  # first: the rest of the pipeline may fail to load
-        pipeline = make_pipeline(unet, args, vae=load_network("vae", AutoencoderKL, args, torch.float32))
+        vae = load_network("vae", AutoencoderKL, args, torch.float32)
+        pipeline = make_pipeline(unet, args, vae=vae, **FETCHED)
         for part in TEXT_ENCODERS:
             getattr(pipeline, part).to(torch.float32)
         for part in (pipeline, pipeline.unet, pipeline.vae):
@@ -1841,7 +1855,8 @@ def train(accelerator, alpha_bar, prediction_type, pairs, held_out, record, args
         flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
         run = record["wandb_id"]
         going_on = {"wandb": {"id": run, "resume": "allow"}, "trackio": {"name": run, "resume": "allow"}}
-        accelerator.init_trackers("smpo-diffusion", config=flat, init_kwargs=going_on)
+        with explain_errors("report_to", args.report_to, "a tracker that is logged in to, or none"):
+            accelerator.init_trackers("smpo-diffusion", config=flat, init_kwargs=going_on)
 
     fit(accelerator, pairs, held_out, optimizer, lr_scheduler, progress, max_train_steps, record, context)
     policy = plain_unet(accelerator, models["unet"])

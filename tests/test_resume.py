@@ -218,6 +218,10 @@ def test_another_run_is_not_resumed(tmp_path, one_step):
     expected = {f"--{name}: {then} then, {now} now" for name, (then, now) in changes.items()}
     _, *named, hashes, _ = [line.replace("mixed_p", "--mixed_p") for line in str(error.value).splitlines()]
     assert set(named) == expected and hashes.startswith("pairs_and_labels_sha256: ")
+    # Nor is one whose pairs are others with the same labels.
+    table.assign(caption=table["caption"] + "!").to_parquet(tmp_path / "others.parquet")
+    with pytest.raises(UserError, match="is of another run:(\nmixed_.*)?\npairs_and_labels_sha256: .*\nGive what"):
+        train(tmp_path / "out", **{**flags, "dataset_name": tmp_path / "others.parquet"})
 
 
 def test_every_flag_is_part_of_the_run_or_may_change(tmp_path):

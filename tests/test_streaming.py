@@ -150,7 +150,7 @@ def test_a_streamed_run_is_resumed_bit_for_bit(tmp_path):
     table = table.set_column(table.column_names.index("jpg_0"), "jpg_0", [images])
     pq.write_table(table, tmp_path / "damaged" / "train-0.parquet", row_group_size=16)
     flags = {**FAST, "dataset_name": tmp_path / "damaged", "max_train_samples": 20, "max_train_steps": 12}
-    flags |= {"checkpointing_steps": 5, "dataloader_num_workers": 1, "rank": 2}
+    flags |= {"checkpointing_steps": 5, "rank": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_smpo_sd15, "MAX_BAD_SHARE", 1)
         logs = train(tmp_path / "whole", **flags)
@@ -163,10 +163,13 @@ def test_a_streamed_run_is_resumed_bit_for_bit(tmp_path):
 
 
 def test_streaming_from_the_hub(shards, tmp_path):
-    """Of files that are mostly images, a short run fetches a part."""
+    """Of files that are mostly images, a short run fetches a part; of the model all, at its start."""
     repo = tmp_path / "root" / "ada" / "pairs"
     shutil.copytree(shards, repo / "data")
+    shutil.copytree(TINY / "sd15", tmp_path / "root" / "ada" / "model")
     flags = {**FAST, "dataset_name": "ada/pairs", "rank": 2, "max_train_steps": 2, "train_batch_size": 1}
+    flags |= {"pretrained_model_name_or_path": "ada/model", "validation_prompts": ["a red circle"]}
+    flags |= {"num_validation_images": 1, "validation_inference_steps": 1}
     with hub_server.serve(tmp_path / "root") as hub:
         done = subprocess.run(
             [sys.executable, ROOT / "train_smpo_sd15.py", *train_flags(tmp_path / "out", **flags)],
@@ -175,6 +178,8 @@ def test_streaming_from_the_hub(shards, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         assert len(read_logs(tmp_path / "out")["loss"]) == 2
         assert any(range for _, path, range in hub.requests if path.endswith(".parquet"))
+        owners = ["model" if "ada/model" in path else "pairs" for _, path, _ in hub.requests]
+        assert "model" in owners and owners[-1] == "pairs"
     assert not list((tmp_path / "home").rglob("*.parquet"))
 
 

@@ -296,6 +296,7 @@ def test_other_schedules(tmp_path, sdxl):
         ("sdxl", "model_index.json", {"text_encoder": [None, None], "tokenizer": [None, None]},
          "no tokenizer and no text_encoder.*not its refiner; for SD1.5 there is train_smpo_sd15.py"),
         ("sdxl", "unet/config.json", {"time_cond_proj_dim": 256}, "takes the guidance scale as an input"),
+        ("sdxl", "unet/config.json", {"class_embed_type": "projection"}, "takes more than a prompt, a class or an"),
         ("sdxl", "unet/config.json", {"in_channels": 9}, "takes 9 channels and the VAE has 4.*inpainting"),
         ("sdxl", "unet/config.json", {"_class_name": "UNet3DConditionModel"}, "its unet is a UNet3DConditionModel"),
         ("sdxl", "scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"},
@@ -316,6 +317,16 @@ def test_other_models_are_refused_before_weights_are_loaded(script, path, values
     change_json(folder / path, **values)
     with pytest.raises(script.UserError, match=re.compile(message, re.S)):
         train(tmp_path / "out", script, pretrained_model_name_or_path=folder, label_column="label_0")
+
+
+def test_a_part_that_only_a_pipeline_needs_is_missed_before_training(tmp_path):
+    """What is trained has it not, and what is written has: a LoRA goes without."""
+    folder = shutil.copytree(TINY / "sd15", tmp_path / "base")
+    change_json(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    flags = {"pretrained_model_name_or_path": folder, "label_column": "label_0", "max_train_steps": 1}
+    with pytest.raises(train_smpo_sd15.UserError, match="--pretrained_model_name_or_path .*base cannot be loaded"):
+        train(tmp_path / "whole", **flags)
+    train(tmp_path / "lora", rank=2, **flags)
 
 
 class AsVelocity(torch.nn.Module):

@@ -107,7 +107,7 @@ class Run:
         captions = [f"a large red circle {i}" for i in range(NUM_PHOTOS)]
         data = datasets.Dataset.from_dict({"jpg_0": photos, "jpg_1": photos[::-1], "caption": captions})
         data = data.select(rows % NUM_PHOTOS)
-        pairs = self.script.Pairs(data, rows, np.full(len(rows), 0.7, np.float32), None, 1000, args)
+        pairs = self.script.Pairs(data, rows, np.full(len(rows), 0.7, np.float32), None, None, 1000, args)
         keys, step = self.script.shuffled_keys(pairs, 0, 1, 0, args), []
         while sum(map(len, step)) < num_pairs:
             step.append(next(keys))
