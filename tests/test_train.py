@@ -225,6 +225,7 @@ def test_what_cannot_be_written_to_or_has_no_words_is_named(tmp_path):
     "flags, message",
     [
         ({"lora_alpha": 4}, "--lora_alpha does nothing without --rank"),
+        ({"streaming": True, "dataloader_num_workers": 2}, "--dataloader_num_workers does nothing without data that"),
         ({"revision": "main"}, "--revision does nothing without a base model on the Hub"),
         ({"noising": "ddim", "renoise_at": "last_move"}, "--renoise_at does nothing without --noising renoise"),
         ({"noising": "forward", "num_inversion_steps": 9}, "--num_inversion_steps does nothing without another --noi"),
