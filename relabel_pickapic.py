@@ -185,8 +185,8 @@ def resolve(args, get_default):
     given = {f"--{name}" for name, value in vars(args).items() if value != get_default(name)}
     if args.pairs_from and (unused := given - {"--pairs_from", "--output_path"}):
         problems.append(f"{', '.join(sorted(unused))} can do nothing with --pairs_from: label what it writes.")
-    data, labels = Path(args.dataset_name or " ").resolve(), Path(args.output_path).resolve()
-    if labels.match(str(data)) or (data.is_dir() and data in labels.parents):
+    data, labels = Path(args.dataset_name or "").resolve(), Path(args.output_path).resolve()
+    if args.dataset_name and (labels.match(str(data)) or (data.is_dir() and data in labels.parents)):
         problems.append(f"--output_path {args.output_path} would lie among the data of --dataset_name: name another.")
     if (args.hub_dataset_id or args.hub_public) and not args.push_to_hub:
         problems.append("--hub_dataset_id and --hub_public do nothing without --push_to_hub.")
@@ -415,7 +415,7 @@ def check_columns(file, schema, args):
     image = "(large_)?binary|struct<(bytes: .*path: .*|path: .*bytes: .*)>"
     accepted = {
         "image_columns": (args.image_columns, image, "encoded images"),
-        "key_columns": (args.key_columns, f"{text}|{number}|null", "texts or numbers"),
+        "key_columns": (args.key_columns, f"{text}|{number}", "texts or numbers"),
         "caption_column": ([args.caption_column], text, "texts"),
         "human_label_column": ([args.human_label_column], number, "numbers"),
     }
@@ -425,7 +425,7 @@ def check_columns(file, schema, args):
             kind = str(schema.field(name).type) if name in schema.names else None
             if kind is None and name not in optional:
                 problems.append(f"--{flag} {name}: there is no such column.")
-            elif kind is not None and not re.fullmatch(types, kind):
+            elif kind is not None and not re.fullmatch(f"null|{types}", kind):
                 problems.append(f"--{flag} {name} holds {kind}, not {what}.")
     if problems:
         raise UserError("\n".join([*problems, f"Name the right ones: {file} has {', '.join(schema.names)}."]))
@@ -1039,7 +1039,7 @@ def write_own_pairs(folder, path):
         if (folder / "metadata.csv").exists():
             table = pd.read_csv(folder / "metadata.csv", dtype=str, keep_default_na=False, encoding="utf-8-sig")
             if not isinstance(table.index, pd.RangeIndex):  # pandas would shift the cells
-                raise ValueError("a line of metadata.csv has more cells than the first: quote texts that hold ','")
+                raise ValueError("a line of metadata.csv has more cells than the first: quote texts with ','")
             captions |= dict(table[["file_name", "caption"]].values)
     captions = {name: caption.strip() for name, caption in captions.items()}
     alone = preferred.keys() ^ rejected.keys()

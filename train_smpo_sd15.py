@@ -381,7 +381,6 @@ VAE_MAY_OVERFLOW = False  # in half precision, where its configuration says `for
 
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow would also start Ghostscript for PostScript
 MAX_PIXELS, MAX_ASPECT = 50_000_000, 100  # of an image; a small file can hold more than memory does
-FETCHED = {"local_files_only": True}  # of a pipeline: `load_models` has, and the Hub may not answer
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers gives it
 KOHYA_LORA_FILE = "pytorch_lora_weights_kohya.safetensors"  # for ComfyUI and A1111
 MIXED_ROW_GROUPS, STREAM_ROWS, READ_AHEAD = 16, 16, 32  # of streamed data: in turns, rows at a time, pairs in advance
@@ -820,10 +819,17 @@ def load_noise_schedule(args):
     return alpha_bar, prediction_type
 
 
-def make_pipeline(unet, args, **parts):
-    """A pipeline of the base model with another UNet; `parts` replace further parts of it."""
-    source = {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
-    pipeline = PIPELINE.from_pretrained(args.pretrained_model_name_or_path, unet=unet, **source, **parts)
+def make_pipeline(unet, args, fetched=False, **parts):
+    """A pipeline of the base model with another UNet; `parts` replace further parts of it. Of one that was made before
+    all is `fetched`, and the Hub, which may not answer then, is left alone."""
+    name, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
+    options |= {"unet": unet, "use_safetensors": True, **parts}
+    try:
+        pipeline = PIPELINE.from_pretrained(name, local_files_only=fetched, **options)
+    except OSError:
+        if not fetched:
+            raise
+        pipeline = PIPELINE.from_pretrained(name, **options)  # old diffusers miss files there that nothing needs
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -1098,7 +1104,9 @@ def select_pairs(data, num_train_timesteps, args):
         raise UserError(f"No pair of --dataset_name {args.dataset_name} is left to train on, see the counts above.")
     texts = [args.caption_column, *key_columns]
     data = data.select_columns(list(dict.fromkeys([*args.image_columns, *texts])))
-    hashes = pd.util.hash_pandas_object(table[texts].iloc[rows].astype(str), index=False).to_numpy()
+    known = table[texts].iloc[rows].astype(object)
+    known = known.where(known.notna(), "").astype(str)  # so that all versions of pandas have the same
+    hashes = pd.util.hash_pandas_object(known, index=False).to_numpy()
     return Pairs(data, rows, labels[rows], table[key_columns].iloc[rows], hashes, num_train_timesteps, args)
 
 
@@ -1456,8 +1464,8 @@ def require_same_run(record, args):
     then, now = ({**{f"--{name}": r["args"].get(name) for name in kept}, **r["run"]} for r in (saved, record))
     changes = [f"{key}: {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]]
     if changes:
-        hint = "Give what it was started with (pairs depend on --dataset_name, --labels_path, --max_train_samples and"
-        hint += " --validation_split), or start a run in another --output_dir."
+        hint = "Give what it was started with (pairs depend on --dataset_name, --key_columns, --labels_path,"
+        hint += " --max_train_samples and --validation_split), or start a run in another --output_dir."
         raise UserError("\n".join([f"--resume_from_checkpoint {path.parent} is of another run:", *changes, hint]))
     record["wandb_id"], record["progress"] = saved["wandb_id"], saved["progress"]
 
@@ -1506,7 +1514,7 @@ def draw_validation(accelerator, unet, context):
     The processes share the prompts. With padding each draws as many, as under FSDP all have to call the UNet."""
     models, args, device, drawn = context.models, context.args, accelerator.device, []
     parts = {part: models[part] for part in ["vae", *TOKENIZERS, *TEXT_ENCODERS]}
-    pipeline = make_pipeline(accelerator.unwrap_model(unet), args, **parts, **PIPELINE_OPTIONS, **FETCHED)
+    pipeline = make_pipeline(accelerator.unwrap_model(unet), args, fetched=True, **parts, **PIPELINE_OPTIONS)
     vae, seeds = models["vae"], range(args.seed, args.seed + args.num_validation_images)
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     options["num_inference_steps"] = args.validation_inference_steps
@@ -1579,7 +1587,7 @@ def save_model_card(args, step):
     ours = args.hub_model_id or Path(args.output_dir).resolve().name
     load = f'pipeline = {PIPELINE.__name__}.from_pretrained("{base if lora else ours}")'
     unet = args.pretrained_unet_model_name_or_path if lora else None
-    load += f'\npipeline.unet = UNet2DConditionModel.from_pretrained("{published(unet)}")' if unet else ""
+    load += f"\n# It was trained on another UNet, {published(unet)}: `pipeline.unet = ...`" if unet else ""
     load += f'\npipeline.load_lora_weights("{ours}")' if lora else ""
     recipe = {name: published(getattr(args, name)) for name in SAME_RUN if getattr(args, name) is not None}
     prompts = "; ".join(html.escape(prompt) for prompt in args.validation_prompts or [])
@@ -1587,7 +1595,7 @@ def save_model_card(args, step):
         f"# SmPO-Diffusion {'LoRA' if lora else 'fine-tuning'} of {base}",
         "Trained on preference pairs with [SmPO-Diffusion](https://arxiv.org/abs/2506.02698) (Smoothed Preference"
         f" Optimization via ReNoise Inversion, ICML 2025), on `{published(args.dataset_name)}`.",
-        f"```python\nfrom diffusers import {PIPELINE.__name__}{', UNet2DConditionModel' * bool(unet)}\n\n{load}\n```",
+        f"```python\nfrom diffusers import {PIPELINE.__name__}\n\n{load}\n```",
         f"![base, tuned](validation/step-{step}.png)\n\nBase left of tuned, a row a prompt: {prompts}\n"
         * bool(prompts),
         "## Recipe\n",
@@ -1619,7 +1627,7 @@ def save_final(unet, step, args):
     else:
         unet.save_pretrained(Path(args.output_dir) / "unet")  # first: the rest of the pipeline may fail to load
         vae = load_network("vae", AutoencoderKL, args, torch.float32)
-        pipeline = make_pipeline(unet, args, vae=vae, **FETCHED)
+        pipeline = make_pipeline(unet, args, fetched=True, vae=vae)
         for part in TEXT_ENCODERS:
             getattr(pipeline, part).to(torch.float32)
         for part in (pipeline, pipeline.unet, pipeline.vae):

@@ -598,7 +598,7 @@ def test_prompts_in_every_format(tmp_path):
         (
             "bare.csv",
             "caption\na cat, asleep\na dog\n",
-            "bare.csv .* has more cells than the first: quote texts .* ','",
+            "bare.csv .* has more cells than the first: quote texts with ','",
         ),
     ],
 )

@@ -363,6 +363,7 @@ def test_one_uid_with_other_bytes_is_another_image(tmp_path):
 def test_files_of_other_types_are_named(column, message, tmp_path):
     table = pq.read_table(TINY / "pairs" / "train.parquet").slice(0, 2)
     pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(with_column(table, "label_0", pa.nulls(2)), tmp_path / "a-unlabelled.parquet")  # nothing is wrong
     pq.write_table(with_column(table, column, pa.array(["x", "y"])), tmp_path / "b.parquet")
     with pytest.raises(UserError, match=message):
         relabel(dataset_name=tmp_path / "*.parquet", output_path=tmp_path / "out" / "labels.parquet")

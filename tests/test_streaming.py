@@ -167,6 +167,7 @@ def test_streaming_from_the_hub(shards, tmp_path):
     repo = tmp_path / "root" / "ada" / "pairs"
     shutil.copytree(shards, repo / "data")
     shutil.copytree(TINY / "sd15", tmp_path / "root" / "ada" / "model")
+    (tmp_path / "root" / "ada" / "model" / "LICENSE").write_text("of no pipeline's concern")
     flags = {**FAST, "dataset_name": "ada/pairs", "rank": 2, "max_train_steps": 2, "train_batch_size": 1}
     flags |= {"pretrained_model_name_or_path": "ada/model", "validation_prompts": ["a red circle"]}
     flags |= {"num_validation_images": 1, "validation_inference_steps": 1}

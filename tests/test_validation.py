@@ -1,7 +1,5 @@
 """What a run says of itself: held-out pairs, pictures of prompts, the model card."""
 
-import re
-
 import numpy as np
 import pytest
 from accelerate import Accelerator
@@ -96,8 +94,7 @@ def test_the_card_says_what_the_hub_reads_and_no_local_path(tmp_path):
     assert "](validation/step-1.png)" in card.text and "a row a prompt: &lt;b&gt;; a" in card.text
     args.pretrained_unet_model_name_or_path = "ada/unet"
     train_smpo_sd15.save_model_card(args, 1)
-    code = re.search("```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)[1]
-    assert [line.rpartition("(")[2] for line in code.splitlines()[2:]] == ['"ada/model")', '"ada/unet")', '"out")']
+    assert "\n# It was trained on another UNet, ada/unet: " in (tmp_path / "out" / "README.md").read_text()
     args.dataset_name, args.pretrained_model_name_or_path = "https://me:secret@host/pairs.parquet", str(TINY / "sd15")
     train_smpo_sd15.save_model_card(args, 1)
     text = (tmp_path / "out" / "README.md").read_text()
