@@ -168,8 +168,8 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("models", "Give --models, --run_dir, or both.").add_argument
     add("--pretrained_model_name_or_path", required=True, type=nonempty, help="Base model: a Hub name or a folder.")
-    add("--revision", help="Revision of the base model on the Hub.")
-    add("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
+    add("--revision", type=nonempty, help="Revision of the base model on the Hub.")
+    add("--variant", type=nonempty, help='Variant of the base model\'s weight files, for example "fp16".')
     add("--models", nargs="+", default=[], help=f"Tuned models, each PATH or NAME=PATH: {MODELS_ACCEPTED}.")
     add("--run_dir", type=nonempty, help="Output folder of a training run: compares its checkpoints, names the best.")
 
@@ -408,7 +408,7 @@ def explain_errors(flag, value, accepted="a Hub name or a folder"):
 
 def read_prompts(path, column):
     """The prompts in a file of --prompts_path, in which empty ones are left out; raises `UserError`."""
-    suffix, utf8 = Path(path).suffix, {"encoding": "utf-8-sig"}  # with or without a byte-order mark
+    suffix, utf8 = Path(path).suffix.lower(), {"encoding": "utf-8-sig"}  # with or without a byte-order mark
     with explain_errors("prompts_path", path, PROMPTS_ACCEPTED):
         if suffix == ".txt":
             table = pd.DataFrame({column: Path(path).read_text(**utf8).splitlines()})
@@ -1121,6 +1121,9 @@ def read_votes(jobs, args):
     for path in args.votes or []:
         with explain_errors("votes", path, "what the page of --blind in this --output_dir has made"):
             for vote in json.loads(Path(path).read_text()):
+                if not {vote["left"], vote["right"]} <= jobs.keys():
+                    advice = "give all that was given with --blind; a model with other files is another"
+                    raise ValueError(f"it compares images that are not of this evaluation: {advice}")
                 left, right = jobs[vote["left"]], jobs[vote["right"]]
                 won = {1: 1.0, 2: 0.0, 0: 0.5}[vote["vote"]]
                 tuned, base, won = (right, left, 1 - won) if left.model == "base" else (left, right, won)

@@ -148,7 +148,7 @@ def parse_args(input_args=None):
     text = f"Write a data set, without soft labels, of your own pairs: {FOLDERS_ACCEPTED}."
     add("--pairs_from", type=nonempty, help=text)
     add = group.add_argument
-    add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
+    add("--dataset_split_name", "--split", type=nonempty, default="train", help="Split of the data set.")
     add("--streaming", action="store_true", help="Read a data set on the Hub in place, not downloaded first.")
     add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], help="Encoded bytes, or a `datasets.Image`.")
     add("--caption_column", default="caption", help="Prompt of the images.")

@@ -88,7 +88,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -179,8 +179,8 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, type=nonempty, help="Base model: a Hub name or a folder.")
-    add("--revision", help="Revision of the base model on the Hub.")
-    add("--variant", help='Variant of the base model\'s weight files, for example "fp16".')
+    add("--revision", type=nonempty, help="Revision of the base model on the Hub.")
+    add("--variant", type=nonempty, help='Variant of the base model\'s weight files, for example "fp16".')
     add("--pretrained_unet_model_name_or_path", type=nonempty, help="UNet to start from, say a fine-tuned one.")
     add("--pretrained_vae_model_name_or_path", type=nonempty, help="VAE to use, say sdxl-vae-fp16-fix.")
     add("--rank", type=int_from_1, help="Train a LoRA of this rank. Default: all weights of the UNet.")
@@ -189,7 +189,7 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", required=True, type=nonempty, help=f"Data set: {DATASET_ACCEPTED}.")
-    add("--dataset_split_name", "--split", default="train", help="Split of the data set.")
+    add("--dataset_split_name", "--split", type=nonempty, default="train", help="Split of the data set.")
     add("--streaming", **yes, help="Read Parquet files where they lie, on a disk or on the Hub, without a copy.")
     add("--labels_path", nargs="+", type=nonempty, help="Labels files of relabel_pickapic.py, joined by keys.")
     add("--label_column", default="soft_label_0", help="P(image 0 is preferred), in the labels or the data.")
@@ -239,7 +239,7 @@ def parse_args(input_args=None):
     trackers = ["tensorboard", "wandb", "trackio", "all", "none"]
     add("--report_to", default="tensorboard", choices=trackers, help="Where metrics and pictures go.")
     add("--validation_split", type=nonempty, help="Held-out pairs: a split, or a share of the pairs such as 0.02.")
-    add("--validation_prompts", nargs="+", help="Prompts to draw, or a .txt file with a prompt a line.")
+    add("--validation_prompts", type=nonempty, nargs="+", help="Prompts to draw, or a .txt file with a prompt a line.")
     add("--num_validation_images", type=int_from_1, default=2, help="Images per validation prompt.")
     add("--validation_steps", type=int_from_1, default=50, help="Validate every so many optimiser steps.")
     add("--validation_inference_steps", type=int_from_1, default=50, help="Denoising steps of validation images.")
@@ -300,6 +300,8 @@ def resolve(args):
             problems.append(f"--validation_prompts {file} is no text file in UTF-8 with a prompt a line: {error}.")
         if not args.validation_prompts:
             problems.append(f"--validation_prompts {file} has no prompts.")
+    elif files := [name for name in args.validation_prompts or [] if Path(name).suffix and Path(name).is_file()]:
+        problems.append(f"--validation_prompts takes prompts, or one .txt file of them, and {files[0]} is a file.")
     if len(args.validation_prompts or []) > MAX_VALIDATION_PROMPTS:
         found = f"{len(args.validation_prompts)} prompts, more than {MAX_VALIDATION_PROMPTS} for a picture"
         problems.append(f"--validation_prompts has {found}: give fewer; evaluate_smpo.py draws many.")
@@ -1009,7 +1011,8 @@ def join_labels(keys, split, args):
     labels = labels[[*columns, label]].astype(dict.fromkeys(columns, str)).drop_duplicates()
     doubled = labels[labels.duplicated(columns)]
     if len(doubled):
-        raise UserError(f"{flag} has several labels for {doubled.iloc[0][columns].to_dict()}. A pair needs one.")
+        pair = doubled.iloc[0][columns].to_dict()
+        raise UserError(f"{flag} has several labels for {pair}: relabel and train with other --key_columns.")
     keys = keys.iloc[:, : len(columns)].set_axis(columns, axis=1).astype(str)
     joined = keys.merge(labels, how="left", on=columns, validate="many_to_one", indicator=True)
     unmatched = keys[joined["_merge"] == "left_only"]
@@ -1341,6 +1344,13 @@ class Progress:
     positions: list = field(default_factory=list)  # with --streaming, of this process; in a file, of every one
 
 
+def share_weights(folder):
+    """Gives weights, which safetensors writes for their owner alone, the rights that other files have."""
+    for file in Path(folder).rglob("*.safetensors"):
+        with suppress(PermissionError):  # of a checkpoint that another user has written
+            file.chmod(Path(folder).stat().st_mode & 0o666)
+
+
 def save_lora(unet, folder):
     """Writes the LoRA of a UNet as `LORA_FILE`, which any diffusers pipeline loads, and as `KOHYA_LORA_FILE`, named as
     in kohya-ss' sd-scripts, each layer with its alpha. Equal runs write equal files."""
@@ -1429,6 +1439,7 @@ def save_checkpoint(accelerator, progress, record, args):
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (partial / RECORD_FILE).write_text(json.dumps({**record, "progress": asdict(progress)}, indent=2))
+            share_weights(partial)
             sync_to_disk(*partial.rglob("*"), partial)
             partial.rename(folder)
             sync_to_disk(folder.parent)
@@ -1647,6 +1658,7 @@ def save_final(unet, step, args):
         for part in (pipeline, pipeline.unet, pipeline.vae):
             part.register_to_config(_name_or_path=published(part.config["_name_or_path"]))
         pipeline.save_pretrained(args.output_dir)
+    share_weights(args.output_dir)
     save_model_card(args, step)
     if args.push_to_hub:
         ours = ["checkpoint-*", "partial-checkpoint-*", "logs/*", RECORD_FILE, LOCK_FILE]

@@ -247,5 +247,8 @@ def test_a_run_in_bf16_writes_what_any_loader_takes(tmp_path, labels_path):
     train(tmp_path / "broken", resume_from_checkpoint="latest", **flags)
     whole, resumed = unet_weights(tmp_path / "whole"), unet_weights(tmp_path / "broken")
     start = unet_weights(TINY / "sd15")
+    for folder in (tmp_path / "whole", tmp_path / "whole" / "checkpoint-1"):
+        (rights,) = {file.stat().st_mode for file in (folder / "unet").iterdir()}
+        assert rights & 0o444 == folder.stat().st_mode & 0o444  # whoever may look into the folder may read weights
     assert all(value.is_contiguous() and not torch.equal(value, start[name]) for name, value in whole.items())
     assert not [name for name, value in whole.items() if not torch.equal(value, resumed[name])]

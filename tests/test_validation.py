@@ -111,6 +111,10 @@ def test_the_card_says_what_the_hub_reads_and_no_local_path(tmp_path):
         ({"validation_prompts": "none.txt"}, "--validation_prompts none.txt is no text file in UTF-8"),
         ({"validation_prompts": "latin.txt"}, "--validation_prompts latin.txt is no text file in UTF-8"),
         ({"validation_prompts": "empty.txt"}, "--validation_prompts empty.txt has no prompts"),
+        (
+            {"validation_prompts": ["a", "empty.txt"]},
+            "takes prompts, or one .txt file of them, and empty.txt is a file",
+        ),
     ],
 )
 def test_bad_input_is_named(flags, message, tmp_path, monkeypatch):
