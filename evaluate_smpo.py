@@ -419,9 +419,7 @@ def read_prompts(path, column):
             separator = "\t" if suffix == ".tsv" else ","
             table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, **utf8)
             if not isinstance(table.index, pd.RangeIndex):  # pandas would shift the cells
-                raise ValueError(
-                    f"a line has more cells than the first: quote texts with {separator!r} or name all columns"
-                )
+                raise ValueError(f"a line has more cells than the first: quote texts with {separator!r}")
         else:
             table = pd.read_json(path, lines=suffix == ".jsonl", dtype=False, **utf8).rename(columns={0: column})
         if column not in table:

@@ -336,8 +336,7 @@ class ParquetShards:
 
         with ThreadPoolExecutor(NUM_READERS) as pool:
             schemas, self.row_groups, self.sizes = zip(*pool.map(footer, files))
-        shared = [field for field in schemas[0] if all(field.name in schema.names for schema in schemas)]
-        self.files, self.schemas, self.schema = files, schemas, pa.schema(shared, schemas[0].metadata)
+        self.files, self.schemas = files, schemas
 
     def open(self, path):
         """The file, of which some pages of each column that is read are held at a time."""
@@ -820,9 +819,9 @@ def score_together(prefix, pieces, wanted, captions, shards, source, folder, arg
         try:
             scorer = load_reward(source, state.device, args.dtype)
             score_as_fits(mine, wanted, captions, shards, scorer, args)
-        except RuntimeError as error:
+        except RuntimeError as error:  # of the model, or accelerate's when not even one pair fits
             if not isinstance(error, torch.OutOfMemoryError) and "executable batch size" not in str(error):
-                raise  # which accelerate says when none fits
+                raise
             problem = f"--reward_model {args.reward_model} has too little memory on {state.device} for one pair"
             raise UserError(f"{problem}: free some, or use a smaller model.") from error
     state.wait_for_everyone()
@@ -876,7 +875,8 @@ def read_rows(shards, args):
     """Keys, human `label_0` and `caption` of all pairs: table `[P]`. Raises `UserError` if there are no captions."""
     columns = dict(zip(LABEL_KEYS, args.key_columns))
     columns |= {"label_0": args.human_label_column, "caption": args.caption_column}
-    columns = {name: column for name, column in columns.items() if column in shards.schema.names}
+    in_all = set.intersection(*(set(schema.names) for schema in shards.schemas))
+    columns = {name: column for name, column in columns.items() if column in in_all}
     table = shards.read_columns([*dict.fromkeys(columns.values())])
     if table[args.caption_column].null_count == len(table):
         raise UserError(f"--caption_column {args.caption_column} of {args.dataset_name} holds no captions.")

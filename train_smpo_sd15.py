@@ -299,7 +299,7 @@ def resolve(args):
             problems.append(f"--validation_prompts {file} is no text file in UTF-8 with a prompt a line: {error}.")
         if not args.validation_prompts:
             problems.append(f"--validation_prompts {file} has no prompts.")
-    elif files := [name for name in args.validation_prompts or [] if Path(name).suffix and Path(name).is_file()]:
+    elif files := [prompt for prompt in args.validation_prompts or [] if os.path.isfile(prompt)]:
         problems.append(f"--validation_prompts takes prompts, or one .txt file of them, and {files[0]} is a file.")
     if len(args.validation_prompts or []) > MAX_VALIDATION_PROMPTS:
         found = f"{len(args.validation_prompts)} prompts, more than {MAX_VALIDATION_PROMPTS} for a picture"

@@ -109,8 +109,8 @@ def test_invert_follows_the_algorithm(way):
         torch.testing.assert_close(x_t[i : i + 1], x)
 
 
-@pytest.mark.parametrize("n, mean_gap", [(10, 49), (5, 99)])
-def test_released_follows_the_authors_code(n, mean_gap):
+@pytest.mark.parametrize("n, mean_gap, loudest", [(10, 49, 6.5), (5, 99, 9.8)])
+def test_released_follows_the_authors_code(n, mean_gap, loudest):
     """A batch of every t as in a loop written from a description of it, negative timesteps included; it ends at the
     level of a grid point at or above t (or the last), which is t for a hundredth of the timesteps."""
     t, x_0 = torch.arange(T), random(T, 4, 2, 2)
@@ -123,6 +123,8 @@ def test_released_follows_the_authors_code(n, mean_gap):
     destination = released_timesteps(t, n, T)[:, -1]
     assert (destination == t).sum() == n and set(destination.tolist()) == set(range(1, T, T // n))
     assert (destination - t).abs().double().mean() == pytest.approx(mean_gap, abs=1)  # (stride - 1) / 2, and the ends
+    at_end, at_t = (1 - ALPHA_BAR[times.clamp(max=T - 1)] for times in (destination, t))
+    assert (at_end / at_t).sqrt().max() == pytest.approx(loudest, abs=0.05)
 
 
 @pytest.mark.parametrize("n", [1, 9, 19])

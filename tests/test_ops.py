@@ -22,6 +22,10 @@ TOTALS = {
     "small-sd15 LoRA": (["--rank", "4"], [3765, 50.055, 0.885, 2, 8]),
     "tiny-sdxl full": (SDXL, [9636, 246.455, 64.8, 2, 9]),
     "tiny-sdxl LoRA": ([*SDXL, "--rank", "4", "--optimizer", "adamw"], [4852, 66.581, 1.048, 2, 9]),
+    "tiny-sdxl LoRA, autocast alone": (
+        [*SDXL, "--rank", "4", "--optimizer", "adamw"],
+        [6538, 101.917, 1.048, 2, 9],
+    ),
 }
 FAST = ["small-sd15 full", "tiny-sdxl LoRA"]
 
@@ -54,7 +58,7 @@ def test_what_a_step_costs(case, monkeypatch):
     monkeypatch.setitem(UNETS, kind, {**UNETS[kind], **ONE_OF_EACH, "transformer_layers_per_block": 1})
     flags, totals = TOTALS[case]
     flags = [*flags, "--num_inversion_steps", "2", "--train_batch_size", "1"]
-    counts = count(kind, 64, flags, pairs=2)
+    counts = count(kind, 64, flags, pairs=2, autocast_alone="alone" in case)
     for phase, numbers in counts.items():
         for name in numbers:
             numbers[name] *= PAIRS_A_STEP if phase == "optimiser" else 2

@@ -280,6 +280,9 @@ def test_two_folders_become_pairs_that_are_labelled_and_trained_on(tmp_path):
     (folder / "rejected" / "5.png").unlink()
     for number, row in enumerate(table[:2]):
         (folder / "preferred" / f"{number}.txt").write_text(row["caption"] + "\n")
+    (folder / "metadata.csv").write_text("file_name,caption\n2.jpg,a circle, red\n3.jpg,a square\n")
+    with pytest.raises(UserError, match="--pairs_from .* a line of metadata.csv has more cells than the first: quote"):
+        relabel(**flags)
     others = [{"file_name": f"{number}.jpg", "caption": table[number]["caption"]} for number in (2, 3)]
     pd.DataFrame(others).to_csv(folder / "metadata.csv", index=False)
     relabel(**flags)

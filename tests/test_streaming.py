@@ -181,6 +181,15 @@ def test_streaming_from_the_hub(shards, tmp_path):
         assert any(range for _, path, range in hub.requests if path.endswith(".parquet"))
         owners = ["model" if "ada/model" in path else "pairs" for _, path, _ in hub.requests]
         assert "model" in owners and owners[-1] == "pairs"
+        # What the cache has not after all is asked for.
+        code = "import train_smpo_sd15 as script; from types import SimpleNamespace as Args; import sys\n"
+        code += "args = Args(pretrained_model_name_or_path='ada/model', revision=None, variant=None)\n"
+        code += "print(script.make_pipeline(None, args, fetched=True, safety_checker=None).vae.config.latent_channels)"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **hub.environment(tmp_path / "new")},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.stdout == "4\n", done.stderr
     assert not list((tmp_path / "home").rglob("*.parquet"))
 
 

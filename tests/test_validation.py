@@ -60,6 +60,10 @@ def test_a_policy_that_does_not_move_has_the_same_numbers_and_pictures(rank, pre
     (tmp_path / "prompts.txt").write_text("\ufeffa red circle\n\na blue square\n", encoding="utf-8")
     args = train_smpo_sd15.parse_args(train_flags(tmp_path / "x", validation_prompts=tmp_path / "prompts.txt"))
     assert args.validation_prompts == ["a red circle", "a blue square"]
+    long = "A red circle. " * 100  # no file can have such a name
+    assert train_smpo_sd15.parse_args(train_flags(tmp_path / "x", validation_prompts=[long])).validation_prompts == [
+        long
+    ]
     monkeypatch.setattr(train_smpo_sd15, "NUM_VALIDATION_PAIRS", 6)
     flags = {
         **FAST, "noising": "renoise", "validation_split": "test", "learning_rate": 1e-30, "max_train_steps": 2,
