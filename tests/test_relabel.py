@@ -372,6 +372,15 @@ def test_files_of_other_types_are_named(column, message, tmp_path):
         relabel(dataset_name=tmp_path / "*.parquet", output_path=tmp_path / "out" / "labels.parquet")
 
 
+def test_a_key_that_not_every_file_has_is_none(tmp_path):
+    table = pq.read_table(TINY / "pairs" / "train.parquet")
+    pq.write_table(table.slice(0, 2), tmp_path / "a.parquet")
+    pq.write_table(table.slice(2, 2).drop_columns("ranking_id"), tmp_path / "b.parquet")
+    relabel(dataset_name=tmp_path / "*.parquet", output_path=tmp_path / "out" / "labels.parquet")
+    labels = pq.read_table(tmp_path / "out" / "labels.parquet")
+    assert len(labels) == 4 and "ranking_id" not in labels.column_names
+
+
 # What is written
 
 
